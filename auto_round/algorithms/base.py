@@ -1,0 +1,58 @@
+"""What an algorithm is given and what it returns: a block with its inputs and plan → quantized tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from auto_round.calibration.block_io import BlockIO
+from auto_round.data_type.base import QuantizedTensor
+from auto_round.plan import LayerPlan
+from auto_round.settings import TuneSettings
+
+
+@dataclass
+class BlockTask:
+    """One block to quantize.
+
+    layers: full layer name → plan; io: its calibration activations, None where the algorithm needs none;
+    importance: layer name → mean square of each input channel [in]; amp: autocast context of its forward;
+    on_step: called as (iteration, loss) to show progress.
+    """
+
+    name: str
+    module: nn.Module
+    layers: Mapping[str, LayerPlan]
+    settings: TuneSettings
+    seed: int
+    io: BlockIO | None = None
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    amp: Callable[[], AbstractContextManager] | None = None
+    on_step: Callable[[int, float], None] = lambda step, loss: None
+
+    def weight_name(self, layer: str) -> str:
+        """The layer's weight as the block knows it."""
+        return f"{layer[len(self.name) + 1 :]}.weight" if layer != self.name else "weight"
+
+    def weight(self, layer: str) -> torch.Tensor:
+        """[out, in], whatever the orientation in which the module stores it."""
+        return oriented(self.module.get_parameter(self.weight_name(layer)), self.layers[layer])
+
+
+def oriented(weight: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+    """Between the module's orientation and [out, in]; its own inverse."""
+    return weight.t() if plan.info.transposed else weight
+
+
+@torch.no_grad()
+def put_weights(task_module: nn.Module, block: str, tensors: Mapping[str, QuantizedTensor], layers) -> None:
+    """Write the dequantized weights into a block, in the dtype it computes in."""
+    for name, tensor in tensors.items():
+        relative = name[len(block) + 1 :] if name != block else ""
+        parameter = task_module.get_parameter(f"{relative}.weight" if relative else "weight")
+        value = tensor.dequantize().to(parameter.dtype)
+        parameter.copy_(oriented(value, layers[name]))

@@ -1,0 +1,203 @@
+"""The front door: `AutoRound(...)` sorts its arguments into settings and returns a compressor for the model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.compressors.base import Compressor
+from auto_round.modeling.streaming import StreamedModel
+from auto_round.schemes import FIELD_NAMES, QuantizationScheme, parse_scheme
+from auto_round.settings import CalibSettings, SettingsError, TuneSettings
+from auto_round.utils.device import pick_device
+from auto_round.utils.model import load_streamed, load_tokenizer, resolve_model_dir
+
+_TUNE = (
+    "lr",
+    "minmax_lr",
+    "momentum",
+    "enable_minmax_tuning",
+    "enable_quanted_input",
+    "not_use_best_mse",
+    "dynamic_max_gap",
+    "amp",
+)
+_OWN = (
+    "ignore_layers",
+    "fp_layers",
+    "quant_lm_head",
+    "to_quant_block_names",
+    "disable_opt_rtn",
+    "enable_opt_rtn",
+    "trust_remote_code",
+    "format",
+    "model_dtype",
+    "apply_chat_template",
+    "show_progress",
+    "device",
+    "alg_configs",
+)
+
+
+class AutoRound:
+    """Quantize a model: `AutoRound(model, scheme="W4A16").quantize_and_save("out")`.
+
+    Args:
+        model: a model folder, a hub id, or a loaded module (then with `tokenizer`, unless only rounding).
+        tokenizer: a Transformers tokenizer; read from the model's folder when not given.
+        scheme: a preset name such as "W4A16", a mapping of scheme fields, or a `QuantizationScheme`.
+        layer_config: layer name or pattern → scheme, for layers that differ.
+        dataset: None (the calibration text shipped with the package), a file, a hub name, texts, token ids, tensors
+            or a data loader.
+        iters: tuning steps per block; None for 200, 0 rounds to nearest.
+        seqlen, nsamples: size of the calibration set. batch_size, gradient_accumulate_steps: samples per step.
+        device_map: where blocks are tuned: 0, "cuda:1", "cpu" …
+        seed: everything random follows it.
+        platform, low_gpu_mem_usage, low_cpu_mem_usage, enable_torch_compile: accepted for compatibility; memory is
+            bounded by a block in any case, and the tuning loop needs no compiling.
+        **kwargs: scheme fields (bits, group_size, sym …), tuning settings (lr, minmax_lr …), `ignore_layers`,
+            `quant_lm_head`, `to_quant_block_names`, `disable_opt_rtn`, `trust_remote_code`, `format`, `model_dtype`.
+
+    Returns:
+        A `Compressor`; there are no `AutoRound` instances.
+
+    Raises:
+        TypeError: an unknown argument; the message names the nearest known one.
+        SchemeError, SettingsError, PlanError, CheckpointError: bad input, before any work.
+    """
+
+    def __new__(
+        cls,
+        model: str | Path | nn.Module,
+        tokenizer: Any = None,
+        platform: str = "hf",
+        scheme: str | Mapping[str, Any] | QuantizationScheme = "W4A16",
+        layer_config: Mapping[str, Any] | None = None,
+        dataset: Any = None,
+        iters: int | None = None,
+        seqlen: int = 2048,
+        nsamples: int = 128,
+        batch_size: int = 8,
+        gradient_accumulate_steps: int | None = None,
+        low_gpu_mem_usage: bool = False,
+        device_map: Any = 0,
+        enable_torch_compile: bool | None = None,
+        seed: int = 42,
+        low_cpu_mem_usage: bool = True,
+        algorithm: str | None = None,
+        **kwargs: Any,
+    ) -> Compressor:
+        _check_known(kwargs)
+        fields = {name: kwargs.pop(name) for name in FIELD_NAMES if name in kwargs}
+        if isinstance(fields.get("bits"), float) and fields["bits"].is_integer():
+            fields["bits"] = int(fields["bits"])
+        iters = 200 if iters is None else iters
+        tune = TuneSettings(
+            iters=iters,
+            batch_size=min(batch_size, nsamples),
+            gradient_accumulate_steps=gradient_accumulate_steps or 1,
+            search=_search(kwargs, iters),
+            seed=seed,
+            **{name: kwargs.pop(name) for name in _TUNE if name in kwargs},
+        )
+        calib = CalibSettings(dataset, nsamples, seqlen, kwargs.pop("apply_chat_template", False))
+        parsed = parse_scheme(scheme, **fields)
+        trust = kwargs.pop("trust_remote_code", False)
+        device = pick_device(kwargs.pop("device", None) or device_map)
+        streamed, tokenizer, source = _open_model(model, tokenizer, trust, kwargs.pop("model_dtype", None), device)
+        if tokenizer is None and tune.needs_data and _needs_tokenizer(dataset):
+            raise SettingsError(
+                "a tokenizer is needed to calibrate on text: pass tokenizer=…, give dataset= as token ids, "
+                "or round to nearest without data (iters=0, disable_opt_rtn=True)"
+            )
+        compressor = Compressor(
+            streamed,
+            tokenizer,
+            parsed,
+            tune,
+            calib,
+            source_dir=source,
+            layer_config=layer_config,
+            ignore_layers=_names(kwargs.get("ignore_layers")) + _names(kwargs.get("fp_layers")),
+            to_quant_block_names=kwargs.get("to_quant_block_names"),
+            quant_lm_head=kwargs.get("quant_lm_head", False),
+            algorithm_name=algorithm or kwargs.get("alg_configs"),
+            show_progress=kwargs.get("show_progress", True),
+            trust_remote_code=trust,
+        )
+        compressor.default_format = kwargs.get("format") or "auto_round"
+        return compressor
+
+
+def AutoRoundLLM(*args: Any, **kwargs: Any) -> Compressor:
+    """An older name of `AutoRound`."""
+    return AutoRound(*args, **kwargs)
+
+
+def _check_known(kwargs: Mapping[str, Any]) -> None:
+    known = (*FIELD_NAMES, *_TUNE, *_OWN)
+    for name in kwargs:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"AutoRound got an unknown argument {name!r}{hint}")
+
+
+def _search(kwargs: dict[str, Any], iters: int) -> bool:
+    """Whether scales are searched: optimized round-to-nearest unless it is switched off; tuning starts from it too."""
+    disabled, enabled = kwargs.pop("disable_opt_rtn", None), kwargs.pop("enable_opt_rtn", None)
+    if disabled and enabled:
+        raise SettingsError("disable_opt_rtn and enable_opt_rtn contradict each other: give one")
+    return True if iters else not disabled
+
+
+def _open_model(
+    model: Any, tokenizer: Any, trust_remote_code: bool, dtype: Any, device: torch.device
+) -> tuple[StreamedModel, Any, Path | None]:
+    if isinstance(model, nn.Module):
+        parameter = next(model.parameters(), None)
+        if parameter is None or parameter.device.type == "meta":
+            raise SettingsError("the model given as an object has no weights in memory: give its folder instead")
+        model.eval().requires_grad_(False)
+        return StreamedModel(model, None, parameter.device), tokenizer, None
+    directory = resolve_model_dir(str(model), trust_remote_code)
+    streamed = load_streamed(directory, trust_remote_code, _dtype(dtype), device)
+    return streamed, tokenizer or load_tokenizer(directory, trust_remote_code), directory
+
+
+_DTYPES = {
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if str(name) not in _DTYPES:
+        raise SettingsError(f"model_dtype={name!r} is not known: use {', '.join(_DTYPES)}")
+    return _DTYPES[str(name)]
+
+
+def _needs_tokenizer(dataset: Any) -> bool:
+    """Text needs a tokenizer; token ids and tensors do not."""
+    if dataset is None or isinstance(dataset, (str, Path)):
+        return True
+    return isinstance(dataset, Sequence) and bool(dataset) and isinstance(dataset[0], str)
+
+
+def _names(value: str | Sequence[str] | None) -> list[str]:
+    """A comma-separated string, or a list, of layer names."""
+    if not value:
+        return []
+    items = value.split(",") if isinstance(value, str) else value
+    return [item.strip() for item in items if item.strip()]

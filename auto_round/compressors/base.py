@@ -1,0 +1,455 @@
+"""The one place that knows the order of a run: load → adapt → plan → calibrate → tune → store → export → verify."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from auto_round.algorithms import algorithm
+from auto_round.algorithms.base import BlockTask, put_weights
+from auto_round.calibration.capture import (
+    Captured,
+    NativeRun,
+    capture,
+    check_arguments,
+    check_output,
+    record_calls,
+    run_native,
+)
+from auto_round.compressors.chain import Chain, importance_of
+from auto_round.formats import make_format
+from auto_round.logger import logger
+from auto_round.modeling.fused_moe.replace_modules import apply_replacements
+from auto_round.modeling.streaming import StreamedModel
+from auto_round.plan import LayerPlan, ModelPlan, make_plan
+from auto_round.progress import RunProgress
+from auto_round.schemes import QuantizationScheme
+from auto_round.settings import CalibSettings, TuneSettings, describe
+from auto_round.special_model_handler import _handle_special_model
+from auto_round.store import OUTSIDE, BlockResult, Store
+from auto_round.utils.device import peak_memory_mb
+from auto_round.utils.model import find_layers, get_block_names, get_lm_head_name, select_blocks
+from auto_round.wrapper import attach_qparams
+
+CHECK_SAMPLES = 4
+CHECK_TOKENS = 1024
+CHECK_LOGIT_BYTES = 128 << 20
+"""Bounds of the check batch: tokens, and bytes of its logits (a vocabulary can be large)."""
+
+
+class Compressor:
+    """Quantizes one model. Made by `AutoRound(...)`; the steps can be called one by one or through `quantize()`.
+
+    Attributes:
+        model: the module (without weights in its blocks if it is streamed from a folder).
+        plan: the decision for every layer. scheme, layer_config: what was asked for, resolved.
+        warnings: what the report repeats at its end.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        tokenizer: Any,
+        scheme: QuantizationScheme,
+        tune: TuneSettings,
+        calib: CalibSettings,
+        *,
+        source_dir: Path | None = None,
+        layer_config: Mapping[str, Any] | None = None,
+        ignore_layers: Sequence[str] = (),
+        to_quant_block_names: str | Sequence | None = None,
+        quant_lm_head: bool = False,
+        algorithm_name: str | None = None,
+        activation_budget: int = 64 << 20,
+        show_progress: bool = True,
+        trust_remote_code: bool = False,
+    ):
+        self.streamed, self.tokenizer, self.source_dir = streamed, tokenizer, source_dir
+        self.scheme, self.tune, self.calibration = scheme, tune, calib
+        self.algorithm_name = algorithm_name or ("signround" if tune.iters else "rtn")
+        self.activation_budget, self.show_progress = activation_budget, show_progress
+        self.trust_remote_code = trust_remote_code
+        self.default_format = "auto_round"
+        self.report: dict[str, Any] = {}
+        self.block_log: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self.times: dict[str, float] = {}
+        self.import_memory_mb = peak_memory_mb()
+        self.model = _handle_special_model(streamed.model)
+        apply_replacements(self.model)
+        self.plan = self._make_plan(layer_config, ignore_layers, to_quant_block_names, quant_lm_head)
+        streamed.set_blocks(self.plan.block_names)
+        self.data = None
+        self.native: NativeRun | None = None
+        self._captured: Captured | None = None
+        self._store: Store | None = None
+
+    def _make_plan(self, layer_config, ignore_layers, wanted_blocks, quant_lm_head) -> ModelPlan:
+        stacks = select_blocks(get_block_names(self.model), wanted_blocks)
+        layers = find_layers(self.model, stacks)
+        head = get_lm_head_name(self.model)
+        plan = make_plan(layers, stacks, self.scheme, layer_config, ignore_layers, head, quant_lm_head)
+        if quant_lm_head and head is not None and plan.layers[head].info.tied:
+            self.warnings.append(f"{head} stays as it is: {plan.layers[head].reason}")
+        return plan
+
+    # ---- attributes people read ------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.streamed.device
+
+    @property
+    def iters(self) -> int:
+        return self.tune.iters
+
+    @property
+    def bits(self) -> int:
+        return self.scheme.bits
+
+    @property
+    def group_size(self) -> int:
+        return self.scheme.group_size
+
+    @property
+    def sym(self) -> bool:
+        return self.scheme.sym
+
+    @property
+    def layer_config(self) -> dict[str, dict[str, Any]]:
+        """Layer name → scheme fields and `in_blocks`, for layers in blocks and those quantized outside them."""
+        return {
+            name: {**plan.scheme.to_dict(), "in_blocks": plan.info.block is not None, "reason": plan.reason}
+            for name, plan in self.plan.layers.items()
+            if plan.info.block is not None or plan.is_quantized
+        }
+
+    @property
+    def name(self) -> str:
+        """The model's short name, for folders."""
+        if self.source_dir is not None:
+            return self.source_dir.resolve().name
+        path = getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""
+        return Path(path).name or type(self.model).__name__.lower()
+
+    def amp(self):
+        """The context in which blocks run: half-precision matrix products for models stored wider."""
+        dtype = getattr(self.model, "dtype", torch.float32)
+        slow = dtype == torch.float32 or (dtype == torch.float16 and self.device.type == "cpu")
+        if self.tune.amp and slow:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    # ---- calibrate -------------------------------------------------------------------------------------------
+
+    def load_data(self) -> None:
+        """Read the calibration text, and the text on which original and result are compared at the end."""
+        from auto_round.calibration.data import build_calibration
+
+        if self.data is not None:
+            return
+        self.data = build_calibration(
+            self.calibration.dataset,
+            self.tokenizer,
+            seqlen=self._seqlen(),
+            nsamples=self.calibration.nsamples if self.tune.needs_data else 1,
+            seed=self.tune.seed,
+            apply_chat_template=self.calibration.apply_chat_template,
+            holdout=CHECK_SAMPLES,
+        )
+        self.warnings.extend(self.data.notes)
+
+    def _seqlen(self) -> int:
+        config = getattr(self.model, "config", None)
+        limits = [getattr(config, "max_position_embeddings", None), getattr(self.tokenizer, "model_max_length", None)]
+        return min([self.calibration.seqlen, *(limit for limit in limits if limit)])
+
+    def check_batch(self) -> dict[str, torch.Tensor]:
+        """A few held-out samples, cut to one length, so small that their logits fit in memory."""
+        config = getattr(self.model, "config", None)
+        vocabulary = getattr(config, "vocab_size", None) or 32000
+        tokens = max(CHECK_SAMPLES * 16, min(CHECK_TOKENS, CHECK_LOGIT_BYTES // (4 * vocabulary)))
+        if self.tokenizer is None and self.data is None:
+            generator = torch.Generator().manual_seed(self.tune.seed)
+            return {"input_ids": torch.randint(0, vocabulary, (CHECK_SAMPLES, 32), generator=generator)}
+        self.load_data()
+        samples = self.data.held_out or self.data.samples[:CHECK_SAMPLES]
+        length = min(tokens // CHECK_SAMPLES, *(sample["input_ids"].shape[1] for sample in samples))
+        return {"input_ids": torch.cat([sample["input_ids"][:, :length] for sample in samples])}
+
+    def observe_original(self) -> NativeRun:
+        """Run the original once on the check batch: what the artifact will be compared with."""
+        if self.native is None:
+            self.native = run_native(self.streamed, self.plan.block_names, self.check_batch(), self.amp)
+            if not torch.isfinite(self.native.logits).all():
+                raise ValueError(f"the original model gives logits that are not finite: {self._first_bad_tensor()}")
+        return self.native
+
+    def _first_bad_tensor(self) -> str:
+        for block in self.plan.block_names:
+            with self.streamed.loaded(block) as module:
+                for name, parameter in module.named_parameters():
+                    if not torch.isfinite(parameter).all():
+                        return f"{block}.{name} holds NaN or Inf; the checkpoint is damaged"
+        return "its weights are finite, so its forward overflows in this dtype; try another model_dtype"
+
+    def calib(self, nsamples: int | None = None, bs: int | None = None) -> None:
+        """Record what the model passes to its blocks, for every calibration sample.
+
+        Raises:
+            ReplayError: a block cannot be replayed alone; the message names it and the argument.
+        """
+        if nsamples is not None:
+            import dataclasses
+
+            self.calibration = dataclasses.replace(self.calibration, nsamples=nsamples)
+        began = time.monotonic()
+        self.load_data()
+        native = self.observe_original()
+        replay = record_calls(self.streamed, native, native.batch, self.amp)
+        check_arguments(native, replay, self.model)
+        self._captured = capture(self.streamed, native, self.data.samples, self.amp)
+        self._replay = replay
+        self.times["calibrate"] = time.monotonic() - began
+
+    # ---- tune ------------------------------------------------------------------------------------------------
+
+    def _quantize_blocks(self) -> None:
+        """Quantize every block in order into the store, continuing where an earlier run stopped."""
+        store = self._store or self._open_store(None)
+        chain = self._chain(store) if self._captured is not None else None
+        began = time.monotonic()
+        resumed = sum(store.has(block) for block in self.plan.block_names)
+        if resumed:
+            logger.info("continuing an earlier run: %d of %d blocks are done", resumed, len(self.plan.block_names))
+        try:
+            with RunProgress(len(self.plan.block_names), self.tune.iters, self.show_progress) as progress:
+                for number, block in enumerate(self.plan.block_names):
+                    self._quantize_block(number, block, chain, store, progress)
+                self._quantize_outside(store)
+        finally:
+            if chain is not None:
+                chain.close()
+        self.times["tune"] = time.monotonic() - began
+
+    def _chain(self, store: Store) -> Chain:
+        def place(name: str, nbytes: int) -> torch.device | Path:
+            if self.device.type != "cpu":
+                return self.device
+            return torch.device("cpu") if nbytes <= self.activation_budget else store.scratch(f"{name}.activations")
+
+        masks = [sample.get("attention_mask") for sample in self.data.samples]
+        masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
+        self._check_hidden = self._replay[self.plan.block_names[0]].leaves[
+            self._replay[self.plan.block_names[0]].hidden
+        ]
+        return Chain(self._captured, masks, self.device, self.amp, place)
+
+    def _quantize_block(self, number: int, block: str, chain: Chain | None, store: Store, progress) -> None:
+        layers = self.plan.quantized(block)
+        with self.streamed.loaded(block) as module:
+            importance = {}
+            if chain is not None:
+                self._check_replay(block, module)
+                chain.keep_inputs()
+                modules = {name: self.model.get_submodule(name) for name in layers}
+                with importance_of(modules) as importance:
+                    chain.advance(block, module, chain.clean, self.tune.batch_size)
+            result = store.recover(block, layers)
+            recovered = result is not None
+            if result is None:
+                result = self._run_algorithm(number, block, module, layers, chain, importance, progress)
+                store.save(block, result)
+            if chain is not None or not self.streamed.is_streamed:
+                put_weights(module, block, result.tensors, layers)
+            if chain is not None and number + 1 < len(self.plan.block_names):
+                if self.tune.enable_quanted_input:
+                    chain.advance(block, module, chain.noisy, self.tune.batch_size)
+                else:
+                    chain.copy_clean()
+        self.block_log.append(
+            {
+                "name": block,
+                "layers": len(layers),
+                "start_loss": result.start_loss,
+                "final_loss": result.final_loss,
+                "losses": result.losses,
+                "note": result.note,
+                "resumed": recovered,
+            }
+        )
+        progress.block(number, block, _outcome(result, layers, recovered))
+
+    def _check_replay(self, block: str, module: nn.Module) -> None:
+        """Run the check batch through the block as captured, and compare with the model's own forward."""
+        call = self._replay[block]
+        leaves = list(call.leaves)
+        leaves[call.hidden] = self._check_hidden
+        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, call.tree)
+        from auto_round.calibration.block_io import first_tensor
+
+        with torch.no_grad(), self.amp():
+            self._check_hidden = first_tensor(module(*args, **kwargs))
+        check_output(self.native, block, self._check_hidden)
+
+    def _run_algorithm(self, number, block, module, layers, chain, importance, progress) -> BlockResult:
+        _check_finite(module, block, layers)
+        task = BlockTask(
+            name=block,
+            module=module,
+            layers=layers,
+            settings=self.tune,
+            seed=int.from_bytes(hashlib.sha256(f"{self.tune.seed}:{block}".encode()).digest()[:8], "big"),
+            io=chain.io(block) if chain is not None else None,
+            importance=importance,
+            amp=self.amp,
+            on_step=lambda step, loss: progress.step(number, block, step, loss),
+        )
+        return algorithm(self.algorithm_name)(task)
+
+    def _quantize_outside(self, store: Store) -> None:
+        """Layers outside the blocks (an lm_head): rounded to nearest with searched scales."""
+        layers = self.plan.quantized(None)
+        if not layers or store.has(OUTSIDE):
+            return
+        task = BlockTask(name="", module=self.model, layers=layers, settings=self.tune, seed=self.tune.seed)
+        store.save(OUTSIDE, algorithm("rtn")(task))
+
+    # ---- the public calls ------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """Everything that the codes depend on, as far as it is known without running the model."""
+        from importlib.metadata import version
+
+        source = self.streamed.checkpoint.fingerprint() if self.streamed.is_streamed else _hash_model(self.model)
+        return {
+            "source": source,
+            "source_dir": str(self.source_dir or ""),
+            "algorithm": self.algorithm_name,
+            "settings": {**describe(self.tune), "iters": self.tune.iters, "seed": self.tune.seed},
+            "data": self.data.sha256 if self.data is not None and self.tune.needs_data else None,
+            "layers": {name: [*plan.scheme.to_dict().values()] for name, plan in self.plan.quantized().items()},
+            "blocks": list(self.plan.block_names),
+            "device": self.device.type,
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+
+    def _open_store(self, root: Path | None) -> Store:
+        if self.tune.needs_data:
+            self.load_data()
+        if root is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="auto_round_")
+            root = Path(self._temporary.name)
+        self._store = Store(root, self.facts())
+        return self._store
+
+    def run(self, work: Path | None = None) -> Store:
+        """Everything up to the store: calibrate where the algorithm needs it, then quantize every block."""
+        store = self._store if self._store is not None and work is None else self._open_store(work)
+        if self.tune.needs_data:
+            self.calib()
+        else:
+            self.observe_original()
+        self._quantize_blocks()
+        return store
+
+    def quantize(self) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+        """Quantize; returns the model with dequantized weights in place, and what was decided for each layer."""
+        store = self.run()
+        self.put_quantized(store)
+        return self.model, self.layer_config
+
+    def put_quantized(self, store: Store) -> None:
+        """Load the whole model with its quantized weights, dequantized, in place."""
+        for block in (*self.plan.block_names, OUTSIDE):
+            layers = self.plan.quantized(None if block == OUTSIDE else block)
+            if not layers:
+                continue
+            module = self.model if block == OUTSIDE else self.streamed.load(block)
+            tensors = store.load(block, layers).tensors
+            put_weights(module, "" if block == OUTSIDE else block, tensors, layers)
+            attach_qparams(self.model, tensors, layers)
+
+    def save_quantized(
+        self,
+        output_dir: str | Path,
+        format: str | None = None,
+        inplace: bool = True,
+        return_folders: bool = False,
+        max_shard_size: int | str | None = None,
+    ) -> Any:
+        """Write the model after `quantize()`, straight into `output_dir`; the model, or (model, folder), is returned."""
+        from auto_round.compressors.saving import save
+
+        if self._store is None:
+            raise RuntimeError("save_quantized() writes what quantize() found: call quantize() first")
+        fmt = make_format(format or self.default_format, self.plan)
+        folder = save(self, self._store, fmt, Path(output_dir), max_shard_size)
+        return (self.model, str(folder)) if return_folders else self.model
+
+    def quantize_and_save(
+        self,
+        output_dir: str | Path = "tmp_autoround",
+        format: str | None = None,
+        inplace: bool = True,
+        max_shard_size: int | str | None = None,
+    ) -> tuple[nn.Module, str | list[str]]:
+        """Quantize into a work folder under `output_dir`, write the model there in each format, and verify it.
+
+        A killed run goes on from its last complete block when it is started again with the same arguments.
+
+        Returns:
+            (model, folder), or a list of folders for several formats. A model streamed from a folder comes back
+            without its weights; load the written one.
+        """
+        from auto_round.compressors.saving import folder_name, prepare_output, save
+
+        formats = [make_format(name, self.plan) for name in (format or self.default_format).split(",")]
+        base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme)
+        prepare_output(base)
+        began = time.monotonic()
+        store = self.run(base.with_name(base.name + ".work"))
+        finals = [base if len(formats) == 1 else base / fmt.name.replace(":", "-").replace("_", "-") for fmt in formats]
+        self.times["quantize"] = time.monotonic() - began
+        folders = [
+            str(save(self, store, fmt, final, max_shard_size)) for fmt, final in zip(formats, finals, strict=True)
+        ]
+        if not self.streamed.is_streamed:
+            self.put_quantized(store)
+        return self.model, folders[0] if len(folders) == 1 else folders
+
+
+def _outcome(result: BlockResult, layers: Mapping[str, LayerPlan], recovered: bool) -> str:
+    text = f"quantized {len(layers)} layers"
+    if recovered:
+        return f"{text} (in an earlier run)"
+    if result.start_loss is not None:
+        text += f", loss {result.start_loss:.4g} -> {result.final_loss:.4g}"
+    return f"{text}; {result.note}" if result.note else text
+
+
+def _check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> None:
+    for name in layers:
+        relative = name[len(block) + 1 :]
+        if not torch.isfinite(module.get_submodule(relative).weight).all():
+            raise ValueError(
+                f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download it again, "
+                f"or keep the layer with ignore_layers={name!r}"
+            )
+
+
+def _hash_model(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,212 @@
+"""From the store to a finished folder: write, verify, report, and only then the final name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from auto_round.formats.base import ExportFormat
+from auto_round.formats.export import Ledger, large_kept, publish, stem_of, write_folder
+from auto_round.formats.writer import write_json
+from auto_round.logger import logger
+from auto_round.report import render_html
+from auto_round.schemes import QuantizationScheme
+from auto_round.store import Store
+from auto_round.utils.device import device_peak_mb, peak_memory_mb
+from auto_round.verify import (
+    RELOAD_LIMIT,
+    Artifact,
+    Verification,
+    artifact_logits,
+    codes_problem,
+    file_hashes,
+    kept_problem,
+    layout_problem,
+    logit_distance,
+    reload_problem,
+)
+
+if TYPE_CHECKING:
+    from auto_round.compressors.base import Compressor
+
+
+def folder_name(model: str, scheme: QuantizationScheme) -> str:
+    """`name-w4g128`: model, width and group size; without a positive group size, the activations' width."""
+    suffix = f"g{scheme.group_size}" if scheme.group_size > 0 else f"a{scheme.act_bits or 16}"
+    return f"{model}-w{scheme.bits}{suffix}"
+
+
+def prepare_output(folder: Path) -> None:
+    """Make sure that the output can be written, before any work.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    parent = folder.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        probe = parent / f".write-test-{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"the output folder {parent} cannot be written ({error.strerror}): choose another") from error
+
+
+def save(
+    run: Compressor, store: Store, fmt: ExportFormat, final: Path, max_shard_size: int | str | None = None
+) -> Path:
+    """Write `final` in `fmt` and verify it. On failure nothing stands under that name.
+
+    Raises:
+        VerificationError: what was written is not what was quantized.
+    """
+    partial = final.with_name(final.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    began = time.monotonic()
+    settings = _recorded(run)
+    ledger = write_folder(
+        partial,
+        run.streamed,
+        run.plan,
+        store,
+        fmt,
+        source_dir=run.source_dir,
+        tokenizer=run.tokenizer,
+        settings=settings,
+        max_shard_size=max_shard_size or "5GB",
+    )
+    run.times["export"] = time.monotonic() - began
+    began = time.monotonic()
+    checks = verify(run, store, ledger, partial)
+    run.times["verify"] = time.monotonic() - began
+    checks.raise_if_failed(partial)
+    run.report = make_report(run, fmt, final, partial, ledger, checks)
+    write_json(partial / "report.json", run.report)
+    (partial / "report.html").write_text(render_html(run.report), encoding="utf-8")
+    publish(partial, final)
+    logger.info("saved %s (KL %.5f from the original)", final, checks.kl if checks.kl is not None else float("nan"))
+    return final
+
+
+def _recorded(run: Compressor) -> dict[str, Any]:
+    """Settings that the checkpoint's configuration carries."""
+    settings = {"iters": run.tune.iters, "seed": run.tune.seed}
+    if run.tune.needs_data:
+        settings |= {"nsamples": run.calibration.nsamples, "seqlen": run.calibration.seqlen}
+    return settings
+
+
+def verify(run: Compressor, store: Store, ledger: Ledger, folder: Path) -> Verification:
+    """All checks on a written folder that the run's own knowledge allows."""
+    result = Verification()
+    artifact = Artifact.open(folder)
+    stems = {name: stem_of(run.streamed, name) for name in run.plan.quantized()}
+    result.add("ledger", None, ", ".join(f"{n} {fate}" for fate, n in ledger.counts().items() if n))
+    result.add("layout", layout_problem(artifact), "index, headers and configuration agree")
+    result.add(
+        "reloaded = quantized",
+        codes_problem(artifact, run.plan, store, stems),
+        f"{len(stems)} layers read back bit for bit",
+    )
+    kept = ledger.of("kept")
+    result.add("kept = source", kept_problem(artifact, run.streamed, kept), f"{len(kept)} tensors byte for byte")
+    if run.block_log and run.tune.needs_data:
+        result.add("replay = model", None, f"{len(run.plan.block_names)} blocks")
+    _verify_logits(run, result, artifact, stems)
+    return result
+
+
+def _verify_logits(run: Compressor, result: Verification, artifact: Artifact, stems: Mapping[str, str]) -> None:
+    native = run.observe_original()
+    if run.streamed.is_streamed:
+        logits = artifact_logits(artifact, run.streamed, run.plan, stems, native.batch, run.amp)
+        finite = bool(torch.isfinite(logits).all())
+        result.add("finite", None if finite else "the quantized model gives logits that are not finite", "logits")
+        result.kl, result.top1 = logit_distance(native.logits, logits)
+    if artifact.checkpoint.nbytes > RELOAD_LIMIT:
+        result.add("loads in Transformers", None, "not tried: larger than the check's memory limit")
+        return
+    if not run.streamed.is_streamed:
+        logits, result.kl, result.top1 = _reloaded_logits(run, artifact, native)
+        return
+    problem = reload_problem(artifact.folder, native.batch, logits, run.trust_remote_code)
+    result.add("loads in Transformers", problem, "logits of the reloaded model are the quantized model's")
+
+
+def _reloaded_logits(run: Compressor, artifact: Artifact, native) -> tuple[torch.Tensor, float, float]:
+    """A model that came as an object is compared through the reloaded artifact: its own weights are not touched."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype="auto", trust_remote_code=run.trust_remote_code)
+    with torch.no_grad():
+        logits = model(**native.batch).logits
+    return logits, *logit_distance(native.logits, logits)
+
+
+def make_report(
+    run: Compressor, fmt: ExportFormat, final: Path, partial: Path, ledger: Ledger, checks: Verification
+) -> dict[str, Any]:
+    """Everything that a person may want to know of the run, as plain values."""
+    in_blocks = [plan for plan in run.plan.layers.values() if plan.info.block is not None or plan.is_quantized]
+    done = sum(plan.is_quantized for plan in in_blocks)
+    source = sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in run.streamed.source_tensors().values())
+    large = large_kept(ledger, run.streamed)
+    return {
+        "model": str(run.source_dir or run.name),
+        "scheme": run.scheme.to_dict(),
+        "format": fmt.name,
+        "folder": str(final),
+        "work_folder": str(run._store.folder),
+        "quantized_layers": [done, len(in_blocks)],
+        "layers": [
+            {
+                "name": plan.name,
+                "bits": plan.scheme.bits,
+                "group_size": plan.scheme.group_size,
+                "sym": plan.scheme.sym,
+                "status": "quantized" if plan.is_quantized else "kept",
+                "reason": plan.reason,
+                "numel": plan.info.numel,
+            }
+            for plan in run.plan.layers.values()
+        ],
+        "large_kept": large,
+        "blocks": run.block_log,
+        "data": _data(run),
+        "checks": [{"name": c.name, "passed": c.passed, "detail": c.detail} for c in checks.checks],
+        "kl": checks.kl,
+        "top1": checks.top1,
+        "ledger": ledger.counts(),
+        "sizes": {"source_bytes": source, "output_bytes": Artifact.open(partial).checkpoint.nbytes},
+        "times": {name: round(seconds, 3) for name, seconds in run.times.items()},
+        "peak_memory_mb": round(peak_memory_mb()),
+        "import_memory_mb": round(run.import_memory_mb),
+        "device_peak_mb": device_peak_mb(run.device),
+        "settings": run.facts()["settings"],
+        "versions": {name: version(name) for name in ("auto-round", "torch", "transformers", "safetensors")},
+        "command": " ".join(sys.argv),
+        "warnings": run.warnings,
+        "files": file_hashes(partial),
+    }
+
+
+def _data(run: Compressor) -> dict[str, Any] | None:
+    if run.data is None or not run.tune.needs_data:
+        return None
+    data = run.data
+    return {
+        "source": data.source,
+        "samples": len(data.samples),
+        "tokens": data.tokens,
+        "seqlen": max(sample["input_ids"].shape[1] for sample in data.samples),
+        "sha256": data.sha256,
+        "notes": list(data.notes),
+    }

@@ -1,0 +1,267 @@
+"""Integer weights: symmetric over the full signed range, and asymmetric with an integer zero point.
+
+Formulas, per group of inputs that share a scale (w: weights, V: rounding offset tuned by SignRound, arXiv 2309.05516,
+RNE: round half to even, M = 2^(bits-1)):
+
+    symmetric    code = clamp(RNE(w/s + V) + M, 0, 2M-1)           zero = M
+    asymmetric   code = clamp(RNE(w/s + V) + zero, 0, 2^bits - 1)
+    both         w'   = s · (code - zero)
+
+The scale is rounded to float16, the dtype it is stored in, before it divides the weight, so what the tuning loss sees
+is what a reader of the file gets.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round.data_type.base import QuantizedTensor, grouped
+from auto_round.schemes import TensorSpec
+
+SCALE_DTYPE = torch.float16
+MIN_SCALE = 1e-5  # keeps the quotient finite in float16 for groups of zeros
+MAX_SCALE = 6.0e4  # below float16's largest value
+SEARCH_STEPS = 40
+SEARCH_REFITS = 2
+CHUNK = 1 << 22  # weights searched at once: bounds the scratch memory of the search
+
+
+def store_scale(scale: torch.Tensor) -> torch.Tensor:
+    """Round a float32 scale to what is stored (float16, at least MIN_SCALE in magnitude, sign kept), as float32."""
+    magnitude = scale.abs().clamp(MIN_SCALE, MAX_SCALE)
+    return torch.where(scale < 0, -magnitude, magnitude).to(SCALE_DTYPE).float()
+
+
+def minmax_range(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(low, high) per group, zero always inside: low ≤ 0 ≤ high. `w` is grouped, [..., inputs per group]."""
+    return w.amin(-1).float().clamp(max=0), w.amax(-1).float().clamp(min=0)
+
+
+def scale_from_range(
+    low: torch.Tensor, high: torch.Tensor, spec: TensorSpec
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Unrounded scale, and unrounded zero point (None when symmetric), of a range per group.
+
+    Symmetric: the end of larger magnitude gets the code -M, so the scale is negative when that end is positive.
+    """
+    if spec.sym:
+        half = float(1 << (spec.bits - 1))
+        return torch.where(-low > high, -low, -high) / half, None
+    levels = float((1 << spec.bits) - 1)
+    scale = (high - low) / levels
+    return scale, -low / scale.clamp(min=MIN_SCALE)
+
+
+def round_codes(
+    w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | float, value: torch.Tensor | None, bits: int
+) -> torch.Tensor:
+    """float32 codes 0 … 2^bits-1 of grouped weights; `scale` and `zero` [...] broadcast over the group."""
+    quotient = w.float() / scale.unsqueeze(-1)
+    if value is not None:
+        quotient += value
+    codes = quotient.round_()
+    codes += zero.unsqueeze(-1) if isinstance(zero, torch.Tensor) else zero
+    return codes.clamp_(0, (1 << bits) - 1)
+
+
+def finish(
+    weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, value: torch.Tensor | None, spec: TensorSpec
+) -> QuantizedTensor:
+    """Decide the codes: the only place that turns weights into a `QuantizedTensor`.
+
+    weight [out, in]; scale and zero [out, groups] (or [1, 1]) as `store_scale` left them; value grouped or None.
+    """
+    offset = float(1 << (spec.bits - 1)) if zero is None else zero
+    codes = round_codes(grouped(weight, spec.group_size), scale, offset, value, spec.bits)
+    return QuantizedTensor(
+        codes.to(torch.uint8).view(weight.shape),
+        scale.to(SCALE_DTYPE),
+        None if zero is None else zero.to(torch.uint8),
+        spec,
+    )
+
+
+def start_point(
+    weight: torch.Tensor, spec: TensorSpec, importance: torch.Tensor | None, search: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored scale (float32 values) and zero point per group: from min/max, or searched for the least weighted error.
+
+    weight [out, in]; importance [in], mean square of each input channel (None: all alike).
+    """
+    groups = grouped(weight, spec.group_size)
+    if not search:
+        return _minmax_start(groups, spec)
+    if importance is None:
+        importance = torch.ones(weight.shape[1], device=weight.device)
+    importance = importance.float().clamp(min=importance.float().mean() * 1e-4 + 1e-12)
+    if spec.group_size == 0:
+        weights = importance.repeat(weight.shape[0]).view(1, 1, -1)
+        return search_scale(groups, weights, spec)
+    weights = grouped(importance.unsqueeze(0), spec.group_size)  # [1, groups, inputs per group]
+    rows = max(1, CHUNK // weight.shape[1])
+    parts = [search_scale(chunk, weights, spec) for chunk in groups.split(rows)]
+    scale = torch.cat([part[0] for part in parts])
+    return scale, None if spec.sym else torch.cat([part[1] for part in parts])
+
+
+def _minmax_start(groups: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    raw, zero = scale_from_range(*minmax_range(groups), spec)
+    scale = store_scale(raw)
+    if zero is None:
+        return scale, None
+    low, _ = minmax_range(groups)
+    return scale, (-low / scale).round().clamp(0, (1 << spec.bits) - 1)
+
+
+def search_scale(
+    groups: torch.Tensor, importance: torch.Tensor, spec: TensorSpec
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scale (and zero) per group that minimises Σ importance · (w' - w)².
+
+    Tries ranges shrunk and grown around min/max; each is refitted by weighted least squares for its codes
+    (s = Σhwq / Σhq²), rounded to float16 and scored as it will be stored. groups [rows, groups, inputs per group].
+    """
+    w = groups.float()
+    low, high = minmax_range(w)
+    best_scale, best_zero = _minmax_start(groups, spec)
+    best = _weighted_error(w, importance, best_scale, best_zero, spec)
+    for factor in torch.linspace(0.35, 1.15, SEARCH_STEPS).tolist():
+        raw, zero = scale_from_range(low * factor, high * factor, spec)
+        scale = store_scale(raw)
+        if zero is not None:
+            zero = (-low * factor / scale).round().clamp(0, (1 << spec.bits) - 1)
+        for _ in range(SEARCH_REFITS):
+            scale = _refit(w, importance, scale, zero, spec)
+            error = _weighted_error(w, importance, scale, zero, spec)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_scale = torch.where(better, scale, best_scale)
+            if zero is not None:
+                best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _centred_codes(w, scale, zero, spec):
+    offset = float(1 << (spec.bits - 1)) if zero is None else zero
+    codes = round_codes(w, scale, offset, None, spec.bits)
+    return codes - (offset if zero is None else zero.unsqueeze(-1))
+
+
+def _weighted_error(w, importance, scale, zero, spec):
+    difference = _centred_codes(w, scale, zero, spec).mul_(scale.unsqueeze(-1)).sub_(w)
+    return difference.square_().mul_(importance).sum(-1)
+
+
+def _refit(w, importance, scale, zero, spec):
+    """Least-squares scale for the codes that `scale` gives; unchanged where all codes are zero."""
+    codes = _centred_codes(w, scale, zero, spec)
+    weighted = codes * importance
+    top, bottom = (weighted * w).sum(-1), (weighted * codes).sum(-1)
+    return store_scale(torch.where(bottom > 0, top / bottom.clamp(min=1e-30), scale))
+
+
+class TunableInt:
+    """A weight under tuning: rounding offsets V, and per group how far the range is clipped.
+
+    `value` [out, groups, inputs per group] starts at 0. `clip` scales the starting range and starts at 1: one factor
+    per group for symmetric weights ([1, out, groups]), one for each end for asymmetric ([2, out, groups]).
+    """
+
+    CLIP_BOUNDS = (0.3, 2.0)
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        spec: TensorSpec,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        tune_clip: bool = True,
+    ):
+        self.spec = spec
+        self.shape = weight.shape
+        self.weight = grouped(weight.detach(), spec.group_size)
+        self.start_scale = scale
+        self.start_zero = zero
+        self.value = torch.zeros(self.weight.shape, dtype=torch.float32, device=weight.device, requires_grad=True)
+        ends = 1 if spec.sym else 2
+        self.clip = torch.ones((ends, *scale.shape), dtype=torch.float32, device=weight.device)
+        self.clip.requires_grad_(tune_clip)
+
+    @property
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """What the optimizer moves: `value`, and `clip` unless it is fixed."""
+        return {"value": self.value, "clip": self.clip} if self.clip.requires_grad else {"value": self.value}
+
+    def scale_and_zero(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored scale and zero for the present clipping; differentiable, straight through their rounding."""
+        clip = self.clip.clamp(*self.CLIP_BOUNDS)
+        if self.start_zero is None:
+            return _Through.apply(self.start_scale * clip[0], store_scale), None
+        levels = (1 << self.spec.bits) - 1
+        low = -self.start_zero * self.start_scale * clip[0]
+        high = (levels - self.start_zero) * self.start_scale * clip[1]
+        scale = _Through.apply((high - low) / levels, store_scale)
+        return scale, _Through.apply(-low / scale, torch.round).clamp(0, levels)
+
+    def fake_quantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The quantized weight [out, in] in `dtype`, with gradients for `value` and `clip`."""
+        scale, zero = self.scale_and_zero()
+        return _FakeQuantize.apply(self.weight, self.value, scale, zero, self.spec.bits, dtype).view(self.shape)
+
+    def reset(self) -> None:
+        """Back to the starting point."""
+        self.value.data.zero_()
+        self.clip.data.fill_(1.0)
+
+    @torch.no_grad()
+    def finish(self) -> QuantizedTensor:
+        scale, zero = self.scale_and_zero()
+        return finish(self.weight.reshape(self.shape), scale, zero, self.value, self.spec)
+
+
+class _Through(torch.autograd.Function):
+    """function(x), bit for bit, with the gradient of the identity (straight-through estimator)."""
+
+    @staticmethod
+    def forward(ctx, x, function):
+        return function(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """w' = s·(code - zero) of grouped weights, with the backward written out.
+
+    One pass instead of a chain of element-wise nodes: only the codes (1 byte) and the clamp mask (1 bit's worth in a
+    byte) are kept for the backward. Rounding passes gradients straight through; the clamp stops them.
+    """
+
+    @staticmethod
+    def forward(ctx, weight, value, scale, zero, bits, dtype):
+        offset = float(1 << (bits - 1)) if zero is None else zero.unsqueeze(-1)
+        quotient = weight.float() / scale.unsqueeze(-1)
+        codes = quotient.add_(value).round_().add_(offset)
+        clamped = codes.clamp(0, (1 << bits) - 1)
+        inside = clamped == codes
+        ctx.save_for_backward(weight, scale, zero, clamped.to(torch.uint8), inside)
+        ctx.bits = bits
+        return clamped.sub_(offset).mul_(scale.unsqueeze(-1)).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scale, zero, codes, inside = ctx.saved_tensors
+        offset = float(1 << (ctx.bits - 1)) if zero is None else zero.unsqueeze(-1)
+        grad = grad.float()
+        wide = scale.unsqueeze(-1)
+        grad_scale = grad_zero = None
+        if ctx.needs_input_grad[2]:
+            # d w'/d s = (code - zero) - inside · w/s
+            grad_scale = (grad * (codes.float().sub_(offset).sub_((weight.float() / wide).mul_(inside)))).sum(-1)
+        if zero is not None and ctx.needs_input_grad[3]:
+            grad_zero = -((grad * wide).masked_fill(inside, 0)).sum(-1)
+        return None, (grad * wide).mul_(inside), grad_scale, grad_zero, None, None
+
+
+Tunable = TunableInt

@@ -1,0 +1,45 @@
+"""Export formats by name. A name may carry a packing: `auto_round:auto_awq`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+from auto_round.plan import ModelPlan, PlanError
+
+if TYPE_CHECKING:
+    from auto_round.formats.base import ExportFormat
+
+# A format is built with the plan and its name here: the variants of auto_round fix the packing that the plain name
+# chooses from the plan.
+FORMATS: dict[str, str] = {
+    "auto_round": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:auto_gptq": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:auto_awq": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:gptqmodel": "auto_round.formats.auto_round:AutoRoundFormat",
+    "fake": "auto_round.formats.fake:FakeFormat",
+}
+ALIASES = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
+
+
+def format_name(name: str) -> str:
+    """The name in `FORMATS` that a person's spelling means (any case, `-` for `_`).
+
+    Raises:
+        PlanError: no such format; the message lists the known ones and the nearest.
+    """
+    wanted = name.strip().lower().replace("-", "_")
+    wanted = ALIASES.get(wanted, wanted)
+    if wanted not in FORMATS:
+        close = difflib.get_close_matches(wanted, FORMATS, n=1, cutoff=0.5)
+        nearest = f"; did you mean {close[0]!r}?" if close else ""
+        raise PlanError(f"unknown format {name!r}{nearest}; known: {', '.join(FORMATS)}")
+    return wanted
+
+
+def make_format(name: str, plan: ModelPlan) -> ExportFormat:
+    """Bind a format to a plan. Raises PlanError if there is no such format or it cannot hold the plan."""
+    known = format_name(name)
+    module, attribute = FORMATS[known].split(":")
+    return getattr(importlib.import_module(module), attribute)(plan, known)

@@ -1,0 +1,281 @@
+"""Turns an empty Transformers model into one with packed layers, as its checkpoint's `quantization_config` describes.
+
+Transformers calls `infer_target_device` and `convert_hf_model` before it reads the weights (the model is on the meta
+device) and `post_init` after. Everything happens in place on that one model; nothing global is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from auto_round.formats.packing import AUTO_AWQ, AUTO_GPTQ, normalize_packing
+from auto_round.inference.backends import PackedLayer, build_layer, choose_backend
+from auto_round.inference.backends.torch import QuantLinear
+from auto_round.logger import logger
+from auto_round.modeling.fused_moe.replace_modules import apply_replacements
+from auto_round.schemes import FIELD_NAMES, QuantizationScheme
+from auto_round.utils.common import is_supported_layer, is_transposed
+from auto_round.utils.model import get_block_names
+
+_KEPT = QuantizationScheme(bits=16, data_type="float")
+_REGEX_SIGNS = re.compile(r"[\^$|()\[\]?+*\\]")
+
+
+def get_available_devices() -> list[str]:
+    """Device types of this machine, best first."""
+    found = [name for name in ("cuda", "hpu", "xpu", "mps") if _is_available(name)]
+    return [*found, "cpu"]
+
+
+def _is_available(name: str) -> bool:
+    modules = (getattr(torch, name, None), getattr(torch.backends, name, None))
+    return any(module.is_available() for module in modules if hasattr(module, "is_available"))
+
+
+def infer_target_device(device_map: Mapping[str, Any] | str | int | torch.device | None = None) -> str:
+    """The device type that most layers of a model will run on."""
+    if device_map is None:
+        return "cpu"
+    places = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        text = str(place)
+        if isinstance(place, int) or text in ("auto", "balanced", "balanced_low_0", "sequential"):
+            return get_available_devices()[0]
+        if text not in ("cpu", "disk"):
+            return text.split(":")[0]
+    return "cpu"
+
+
+def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.Module, list[str]]:
+    """Replace the quantized layers of an empty model, in place; returns it and the backends in use.
+
+    Raises:
+        ValueError: a scheme, packing or backend that cannot be served; the message names the layer and the reasons.
+        NotImplementedError: a GPTQ checkpoint whose inputs were reordered.
+    """
+    settings = _settings(model.config.quantization_config)
+    if settings.get("desc_act") and not settings.get("static_groups"):
+        raise NotImplementedError("GPTQ checkpoints with desc_act=true and no static_groups are not supported")
+    packing = _packing(settings)
+    apply_replacements(model)
+    requested = settings.get("backend") or "auto"
+    schemes = {name: s for name, s in get_layer_config(model, settings).items() if s.is_quantized}
+    used: Counter[tuple[str, str]] = Counter()
+    for name, scheme in schemes.items():
+        used[_replace(model, name, scheme, packing, target_device, requested)] += 1
+    if not schemes:
+        logger.warning("quantization_config matches no layer of %s", type(model).__name__)
+    for (backend, reason), count in used.items():
+        logger.info("backend %s for %d layers on %s: %s", backend, count, target_device, reason)
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    model._keys_to_ignore_on_load_missing = {*ignored, r"\.g_idx$"}  # optional, see QuantLinear
+    return model, list(dict.fromkeys(backend for backend, _ in used))
+
+
+def _replace(
+    model: nn.Module, name: str, scheme: QuantizationScheme, packing: str, device: str, requested: str
+) -> tuple[str, str]:
+    """Put a packed layer in the place of one; returns the backend and the reason for it."""
+    if scheme.data_type != "int" or (scheme.act_bits or 16) < 16:
+        raise ValueError(
+            f"{name} has data_type {scheme.data_type!r} with act_bits {scheme.act_bits}: only integer weights with "
+            "unquantized activations can be loaded"
+        )
+    old = model.get_submodule(name)
+    rows, columns = old.weight.shape[::-1] if is_transposed(old) else old.weight.shape
+    group_size = columns if scheme.group_size in (-1, 0) else scheme.group_size
+    dtype, has_bias = old.weight.dtype, getattr(old, "bias", None) is not None
+    layer = PackedLayer(name, rows, columns, scheme.bits, group_size, scheme.sym, packing, dtype, has_bias)
+    if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
+        raise ValueError(f"{name} is quantized in the checkpoint but tied to another weight by the model's config")
+    backend, reason = choose_backend(layer, device, requested)
+    with old.weight.device:
+        new = build_layer(backend, layer)
+    new.backend_reason = reason
+    new.train(old.training)
+    model.set_submodule(name, new)
+    return backend, reason
+
+
+def post_init(model: nn.Module, used_backends: Sequence[str] = ()) -> None:
+    """Check that every packed tensor came, and let backends repack.
+
+    Raises:
+        ValueError: tensors are missing or misshapen; the message names the first few.
+    """
+    errors = []
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            try:
+                module.post_init()
+            except ValueError as error:
+                errors.append(str(error))
+    if errors:
+        more = f" (and {len(errors) - 3} more layers)" if len(errors) > 3 else ""
+        raise ValueError("; ".join(errors[:3]) + more)
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    """The quantization config as a mapping: Transformers gives an object whose attributes are the file's keys."""
+    settings = dict(config) if isinstance(config, Mapping) else dict(vars(config))
+    method = settings.get("quant_method", "auto-round")
+    settings["quant_method"] = str(getattr(method, "value", method))
+    return settings
+
+
+def _packing(settings: Mapping[str, Any]) -> str:
+    method = settings["quant_method"]
+    default = {"gptq": AUTO_GPTQ, "awq": AUTO_AWQ}.get(method, AUTO_GPTQ)
+    return normalize_packing(settings.get("packing_format") or default)
+
+
+def get_layer_config(model: nn.Module, quantization_config: Any) -> dict[str, QuantizationScheme]:
+    """Layer name → scheme, for every layer that the config speaks about (16 bits: kept).
+
+    `extra_config` wins over everything, exact names before patterns; then what GPTQ and AWQ configs exclude or
+    override; then the top-level scheme for all layers in the blocks.
+    """
+    settings = _settings(quantization_config)
+    names = _Names(model)
+    default = _default_scheme(settings)
+    schemes = dict.fromkeys(names.in_blocks(settings), default)
+    _apply_exclusions(schemes, settings)
+    _apply_gptq_dynamic(schemes, settings, default)
+    _apply_extra_config(schemes, settings.get("extra_config") or {}, default, names)
+    return schemes
+
+
+def _default_scheme(settings: Mapping[str, Any]) -> QuantizationScheme:
+    fields = {key: settings[key] for key in FIELD_NAMES if settings.get(key) is not None}
+    if "zero_point" in settings:  # how AWQ configs say it
+        fields["sym"] = not settings["zero_point"]
+    return QuantizationScheme(**fields)
+
+
+class _Names:
+    """Names of a model's layers, also under the names that they have in the checkpoint.
+
+    A class that loads part of a checkpoint (`AutoModel`, the text part of a multimodal model) has other module paths
+    than the config was written for.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.layers = [name for name, module in self.modules.items() if is_supported_layer(module)]
+        self.prefix = getattr(model, "base_model_prefix", "")
+
+    def resolve(self, name: str) -> str | None:
+        """The module path that a name of the checkpoint means here, or None."""
+        renamed = name
+        for rule in () if name in self.modules else self._renamings:
+            renamed = rule.rename_source_key(renamed + ".")[0].removesuffix(".")
+        candidates = (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."), renamed)
+        return next((candidate for candidate in candidates if candidate in self.modules), None)
+
+    @cached_property
+    def _renamings(self) -> list[WeightRenaming]:
+        """Transformers' renaming rules for checkpoints of this model type."""
+        if not isinstance(self.model, PreTrainedModel):
+            return []
+        return [rule for rule in get_model_conversion_mapping(self.model) if isinstance(rule, WeightRenaming)]
+
+    def in_blocks(self, settings: Mapping[str, Any]) -> list[str]:
+        """Layers under the block prefixes that a config names, or in all blocks of the model if it names none."""
+        prefixes = _block_prefixes(settings)
+        if prefixes:
+            resolved = [self.resolve(prefix) or prefix for prefix in prefixes]
+        else:
+            resolved = [block for stack in get_block_names(self.model) for block in stack]
+        return [name for name in self.layers if any(_is_under(name, prefix) for prefix in resolved)]
+
+
+def _is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _block_prefixes(settings: Mapping[str, Any]) -> list[str]:
+    """Block prefixes as configs write them: a comma-separated string, a list, or a list of lists of block names."""
+    for key in ("quant_block_list", "block_name_to_quantize", "to_quant_block_names"):
+        value = settings.get(key)
+        if value:
+            return [prefix.strip().rstrip(".") for prefix in _flatten(value) if prefix.strip()]
+    return []
+
+
+def _flatten(value: str | Iterable[Any]) -> list[str]:
+    if isinstance(value, str):
+        return value.split(",")
+    return [part for item in value for part in _flatten(item)]
+
+
+def _apply_exclusions(schemes: dict[str, QuantizationScheme], settings: Mapping[str, Any]) -> None:
+    """`modules_to_not_convert` (AWQ) are parts of names; `modules_in_block_to_quantize` (GPTQ) rules out all others."""
+    excluded = settings.get("modules_to_not_convert") or []
+    only = _flatten(settings.get("modules_in_block_to_quantize") or [])
+    for name in schemes:
+        is_excluded = any(_mentions(part, name) for part in excluded)
+        if is_excluded or (only and not any(_mentions(part, name) for part in only)):
+            schemes[name] = _KEPT
+
+
+def _mentions(part: str, name: str) -> bool:
+    """Whether a pattern finds a name: consecutive whole components, or a search if it is a regular expression."""
+    if _REGEX_SIGNS.search(part):
+        return _compile(part).search(name) is not None
+    return f".{part.strip('.')}." in f".{name}."
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"quantization_config has an invalid regular expression {pattern!r}: {error}") from error
+
+
+def _apply_gptq_dynamic(
+    schemes: dict[str, QuantizationScheme], settings: Mapping[str, Any], default: QuantizationScheme
+) -> None:
+    """GPTQModel's `dynamic`: "-:pattern" keeps layers, "+:pattern" (or none) overrides fields; the first match wins."""
+    rules = [(key, fields) for key, fields in (settings.get("dynamic") or {}).items()]
+    for name in schemes:
+        for key, fields in rules:
+            sign, pattern = (key[0], key[2:]) if key[:2] in ("+:", "-:") else ("+", key)
+            if _compile(pattern).match(name):
+                schemes[name] = _KEPT if sign == "-" else default.override(**_scheme_fields(fields))
+                break
+
+
+def _apply_extra_config(
+    schemes: dict[str, QuantizationScheme], extra: Mapping[str, Any], default: QuantizationScheme, names: _Names
+) -> None:
+    exact: dict[str, QuantizationScheme] = {}
+    for key, fields in extra.items():
+        scheme = default.override(**_scheme_fields(fields))
+        found = names.resolve(key)
+        if found is not None:
+            exact[found] = scheme
+            continue
+        for name in schemes:
+            if _mentions(key, name):
+                schemes[name] = scheme
+    for name, scheme in exact.items():
+        if name in names.layers:
+            schemes[name] = scheme
+        elif scheme.is_quantized:
+            kind = type(names.modules[name]).__name__
+            raise ValueError(f"extra_config quantizes {name}, but a {kind} cannot be replaced by a packed layer")
+
+
+def _scheme_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key in FIELD_NAMES}

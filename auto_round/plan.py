@@ -1,0 +1,200 @@
+"""The plan: which layer gets which scheme, and why. Pure: nothing is written on the model.
+
+Precedence of `layer_config` rules: exact layer name, then patterns in the order given (later ones win), then the
+global scheme. `ignore_layers` wins over patterns. A rule that matches nothing is an error that lists near misses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from auto_round.schemes import QuantizationScheme, parse_scheme
+
+PACK = 32  # int32 words hold 32 codes of any width in `bits` words, so both dimensions must be multiples of this
+
+
+class PlanError(ValueError):
+    """Rules that do not fit the model, or a plan that the format cannot hold."""
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """A layer that could be quantized: `out` × `in` weight, the block it sits in (None: outside all blocks)."""
+
+    name: str
+    out_features: int
+    in_features: int
+    block: str | None
+    tied: bool = False  # the weight is shared with another parameter (the input embedding)
+    transposed: bool = False  # stored [in, out], as Conv1D does
+    has_bias: bool = False
+    dtype: torch.dtype = torch.bfloat16  # of the source weight
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The decision for one layer. `scheme.bits` of 16 keeps it; `reason` says why in words a person reads."""
+
+    info: LayerInfo
+    scheme: QuantizationScheme
+    reason: str
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.scheme.is_quantized
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Decisions for every candidate layer, by name, and the blocks in the order in which they run."""
+
+    scheme: QuantizationScheme
+    layers: Mapping[str, LayerPlan]
+    blocks: tuple[tuple[str, ...], ...]
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        return tuple(name for stack in self.blocks for name in stack)
+
+    def quantized(self, block: str | None = ...) -> dict[str, LayerPlan]:  # type: ignore[assignment]
+        """Layers that get quantized: all, or those of one block (None: those outside all blocks)."""
+        return {n: p for n, p in self.layers.items() if p.is_quantized and (block is ... or p.info.block == block)}
+
+    def kept(self) -> dict[str, LayerPlan]:
+        return {n: p for n, p in self.layers.items() if not p.is_quantized}
+
+
+def make_plan(
+    layers: Sequence[LayerInfo],
+    blocks: Sequence[Sequence[str]],
+    scheme: QuantizationScheme,
+    layer_config: Mapping[str, Any] | None = None,
+    ignore_layers: Sequence[str] = (),
+    lm_head: str | None = None,
+    quant_lm_head: bool = False,
+) -> ModelPlan:
+    """Decide every layer's scheme.
+
+    Raises:
+        PlanError: a rule matches no layer, or asks for what cannot be (quantizing a tied lm_head).
+    """
+    names = [info.name for info in layers]
+    rules = [(key, parse_scheme(value, scheme)) for key, value in (layer_config or {}).items()]
+    hits = {key: match_layers(key, names) for key, _ in rules}
+    ignored = {name: item for item in ignore_layers for name in match_ignored(item, names)}
+    decided = {}
+    for info in layers:
+        wanted, reason, explicit = _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head)
+        decided[info.name] = _fit(info, wanted, reason, explicit)
+    return ModelPlan(scheme, decided, tuple(tuple(stack) for stack in blocks), dict(rules))
+
+
+def _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head):
+    """(scheme, reason, explicit) before shapes are considered."""
+    exact = next((value for key, value in rules if key == info.name), None)
+    if exact is not None:
+        return exact, f"layer_config {info.name!r}", True
+    if info.name in ignored:
+        return _keep(scheme), f"ignore_layers {ignored[info.name]!r}", True
+    matched = [(key, value) for key, value in rules if info.name in hits[key]]
+    if matched:
+        return matched[-1][1], f"layer_config {matched[-1][0]!r}", True
+    if info.block is not None:
+        return scheme, "default", False
+    if info.name == lm_head and quant_lm_head:
+        return scheme, "quant_lm_head", True
+    return _keep(scheme), "outside the blocks", False
+
+
+def _keep(scheme: QuantizationScheme) -> QuantizationScheme:
+    return scheme.override(bits=16, data_type="float")
+
+
+def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: bool) -> LayerPlan:
+    """Adjust a wanted scheme to the layer's shape, or keep the layer, saying so."""
+    if not scheme.is_quantized:
+        return LayerPlan(info, scheme, reason)
+    if info.tied:
+        if explicit:
+            raise PlanError(
+                f"{info.name} shares its weight with the input embedding (tie_word_embeddings), so it cannot be "
+                "quantized on its own: leave it out of the rules, or untie the weights first"
+            )
+        return LayerPlan(info, _keep(scheme), "tied to the input embedding")
+    if info.out_features % PACK or info.in_features % PACK:
+        shape = f"{info.out_features}×{info.in_features}"
+        return LayerPlan(info, _keep(scheme), f"shape {shape} is not a multiple of {PACK} (no kernel reads it)")
+    group_size = fit_group_size(info.in_features, scheme.group_size)
+    if group_size == scheme.group_size:
+        return LayerPlan(info, scheme, reason)
+    note = f"{reason}; group size {scheme.group_size} does not divide {info.in_features} inputs, {group_size} does"
+    return LayerPlan(info, dataclasses.replace(scheme, group_size=group_size), note)
+
+
+def fit_group_size(in_features: int, group_size: int) -> int:
+    """The largest group size up to the wanted one that divides the inputs into multiples of 16; -1 if none does."""
+    if group_size in (-1, 0):
+        return group_size
+    if group_size >= in_features:
+        return -1
+    for candidate in range(group_size, 15, -1):
+        if in_features % candidate == 0 and (candidate == group_size or candidate % 16 == 0):
+            return candidate
+    return group_size if in_features % group_size == 0 else -1
+
+
+_META = re.compile(r"\.\*|[\^$|()\[\]?+*]")
+
+
+def match_layers(pattern: str, names: Sequence[str]) -> list[str]:
+    """Names that a rule means: the exact name, a regular expression if it has such signs, else a part of the name.
+
+    A part matches whole dotted components at its ends if it ends in a digit, so `layers.1` is not `layers.10`.
+
+    Raises:
+        PlanError: nothing matches, or the expression is not valid.
+    """
+    if pattern in names:
+        return [pattern]
+    try:
+        expression = re.compile(_as_regex(pattern))
+    except re.error as error:
+        raise PlanError(f"the layer pattern {pattern!r} is not a valid regular expression: {error}") from error
+    found = [name for name in names if expression.search(name)]
+    if not found:
+        raise PlanError(f"the layer pattern {pattern!r} matches no layer{near_misses(pattern, names)}")
+    return found
+
+
+def match_ignored(item: str, names: Sequence[str]) -> list[str]:
+    return match_layers(item, names)
+
+
+def _as_regex(pattern: str) -> str:
+    if not _META.search(pattern):
+        return re.escape(pattern) + (r"(?!\d)" if pattern[-1:].isdigit() else "")
+    # Dots outside `.*` mean themselves: people write layer names, not expressions.
+    return re.sub(r"\.(?![*+?])", r"\\.", pattern.replace(r"\.", "."))
+
+
+def near_misses(pattern: str, names: Sequence[str]) -> str:
+    """`; nearest: a, b` from the names and their last components."""
+    parts = {part for name in names for part in (name, name.rsplit(".", 1)[-1])}
+    close = difflib.get_close_matches(pattern, sorted(parts), n=3, cutoff=0.4)
+    return "; nearest: " + ", ".join(close) if close else f"; the layers are {', '.join(list(names)[:3])}, …"

@@ -1,0 +1,46 @@
+"""Choosing the device that blocks are tuned on, and reading how much memory a run took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from typing import Any
+
+import torch
+
+
+def pick_device(device_map: Any) -> torch.device:
+    """The tuning device that a `device_map` means: an index, a name, "auto", or a list of which the first is used.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    if isinstance(device_map, torch.device):
+        wanted = device_map
+    elif device_map is None or device_map in ("auto", ""):
+        wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    elif isinstance(device_map, int) or str(device_map).split(",")[0].isdigit():
+        # An index means "the accelerator of that number, if there is one": the default of 0 must work without any.
+        index = int(str(device_map).split(",")[0])
+        if torch.cuda.is_available() and index >= torch.cuda.device_count():
+            raise ValueError(f"device {index} was asked for, but there are {torch.cuda.device_count()} CUDA devices")
+        wanted = torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+    else:
+        try:
+            wanted = torch.device(str(device_map).split(",")[0])
+        except RuntimeError as error:
+            raise ValueError(f"device {device_map!r} is not a device: use cpu, cuda, cuda:1, 0 or auto") from error
+    if wanted.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device_map!r} was asked for, but PyTorch sees no CUDA device: use device_map='cpu'")
+    return wanted
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 if sys.platform != "darwin" else 1 << 20)
+
+
+def device_peak_mb(device: torch.device) -> float | None:
+    """Largest memory allocated on an accelerator so far, in MiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / (1 << 20) if device.type == "cuda" else None

@@ -1,0 +1,332 @@
+"""Checks of a written folder, by a reader that shares no code with the one that wrote it.
+
+Codes are unpacked bit by bit with NumPy, tensors are compared with the store and the source, and a model is run on the
+weights as they lie on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.modeling.streaming import StreamedModel
+from auto_round.plan import ModelPlan
+from auto_round.store import OUTSIDE, Store
+
+RELOAD_LIMIT = 512 << 20  # bytes of checkpoint up to which Transformers itself is made to load it
+RELOAD_TOLERANCE = 2e-2  # relative difference of logits; the dequantized weights are compared bit for bit
+AWQ_SLOTS = (0, 4, 1, 5, 2, 6, 3, 7)  # slot of each output channel within a group of eight
+
+
+class VerificationError(RuntimeError):
+    """A written folder is not what was quantized; names what failed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Verification:
+    """The checks made, and how far the artifact's output is from the original's."""
+
+    checks: list[Check] = field(default_factory=list)
+    kl: float | None = None
+    top1: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def add(self, name: str, problem: str | None, detail: str) -> None:
+        self.checks.append(Check(name, problem is None, problem or detail))
+
+    def raise_if_failed(self, folder: Path) -> None:
+        for check in self.checks:
+            if not check.passed:
+                raise VerificationError(f"{folder} failed the check '{check.name}': {check.detail}")
+
+
+# ---- the independent reader ----------------------------------------------------------------------------------
+
+
+def bit_fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """[rows, n] int32 words → [rows, n·32/bits] codes: little-endian bit stream along the last axis."""
+    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
+    fields = stream[:, : stream.shape[1] // bits * bits].reshape(words.shape[0], -1, bits)
+    codes = np.zeros(fields.shape[:2], np.int16)
+    for position in range(bits):
+        codes |= fields[:, :, position].astype(np.int16) << position
+    return codes
+
+
+def awq_fields(words: np.ndarray) -> np.ndarray:
+    """[rows, n] int32 words → [rows, 8·n] 4-bit codes in logical column order."""
+    slots = bit_fields(words, 4).reshape(words.shape[0], -1, 8)
+    return slots[:, :, list(AWQ_SLOTS)].reshape(words.shape[0], -1)
+
+
+def read_layer(tensors: Mapping[str, torch.Tensor], bits: int, packing: str) -> torch.Tensor:
+    """float32 [out, in] weight of a packed layer (`qweight`, `qzeros`, `scales`)."""
+    weight, zeros = tensors["qweight"].numpy(), tensors["qzeros"].numpy()
+    scales = tensors["scales"].float()  # [groups, out]
+    if packing.endswith("awq"):
+        codes, zero = awq_fields(weight), awq_fields(zeros)  # [in, out], [groups, out]
+    else:
+        codes = bit_fields(weight.T, bits).T  # [in, out]
+        zero = bit_fields(zeros, bits)
+        if packing.endswith("auto_gptq"):
+            zero = zero + 1
+    columns, rows = codes.shape
+    centred = torch.from_numpy(codes.astype(np.float32).reshape(len(scales), -1, rows) - zero[:, None, :])
+    return (centred * scales[:, None, :]).reshape(columns, rows).t()
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A written folder as its files describe it."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    quantization: dict[str, Any] | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Artifact:
+        checkpoint = Checkpoint(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return cls(folder, checkpoint, config.get("quantization_config"))
+
+    def packed_layers(self) -> list[str]:
+        return [name.removesuffix(".qweight") for name in self.checkpoint.names() if name.endswith(".qweight")]
+
+    def bits(self, layer: str) -> int:
+        extra = self.quantization.get("extra_config", {}).get(layer, {})
+        return int(extra.get("bits", self.quantization["bits"]))
+
+    def weight(self, layer: str) -> torch.Tensor:
+        """float32 [out, in] of a packed layer."""
+        names = {suffix: f"{layer}.{suffix}" for suffix in ("qweight", "qzeros", "scales")}
+        tensors = self.checkpoint.read(names.values())
+        parts = {suffix: tensors[name] for suffix, name in names.items()}
+        return read_layer(parts, self.bits(layer), self.quantization.get("packing_format", ""))
+
+
+# ---- single checks: None when passed, else what is wrong --------------------------------------------------------
+
+
+def layout_problem(artifact: Artifact) -> str | None:
+    """Index, headers and configuration agree, and no layer is stored twice."""
+    for layer in artifact.packed_layers():
+        missing = [s for s in ("qzeros", "scales") if f"{layer}.{s}" not in artifact.checkpoint]
+        if missing:
+            return f"{layer} has no {missing[0]}"
+        if f"{layer}.weight" in artifact.checkpoint:
+            return f"{layer} is stored twice, packed and as floats"
+    index = artifact.folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        stray = listed.symmetric_difference(artifact.checkpoint.names())
+        if stray:
+            return f"index and shards disagree about {sorted(stray)[0]}"
+    if artifact.packed_layers() and not artifact.quantization:
+        return "layers are packed, but config.json has no quantization_config"
+    return None
+
+
+def codes_problem(artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str]) -> str | None:
+    """What a reader dequantizes equals, bit for bit, what the tuning decided."""
+    for block in (*plan.block_names, OUTSIDE):
+        layers = plan.quantized(None if block == OUTSIDE else block)
+        if not layers:
+            continue
+        for name, tensor in store.load(block, layers).tensors.items():
+            if artifact.quantization is None:
+                read = artifact.checkpoint.read_one(f"{stems[name]}.weight")
+                read = read.t() if layers[name].info.transposed else read
+                want = tensor.dequantize().to(read.dtype)
+            else:
+                read, want = artifact.weight(stems[name]), tensor.dequantize()
+            if not torch.equal(read, want):
+                return f"{name} reads back differently from what was quantized"
+            if not torch.isfinite(read).all():
+                return f"{name} holds values that are not finite"
+    return None
+
+
+def kept_problem(artifact: Artifact, streamed: StreamedModel, names: list[str]) -> str | None:
+    """Tensors that are not quantized are the source's, byte for byte."""
+    for name in names:
+        if name not in artifact.checkpoint:
+            return f"{name} is missing"
+        mine, source = artifact.checkpoint.read_one(name), streamed.read_source(name)
+        same = mine.dtype == source.dtype and mine.shape == source.shape
+        if not same or not torch.equal(_bytes(mine), _bytes(source)):
+            return f"{name} differs from the source"
+    return None
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8) if tensor.numel() else tensor
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a folder but its reports."""
+    hashes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith("report."):
+            digest = hashlib.sha256()
+            with open(file, "rb") as handle:
+                while part := handle.read(1 << 22):
+                    digest.update(part)
+            hashes[file.relative_to(folder).as_posix()] = digest.hexdigest()
+    return hashes
+
+
+# ---- running the artifact ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def artifact_logits(
+    artifact: Artifact, streamed: StreamedModel, plan: ModelPlan, stems: Mapping[str, str], batch, amp
+) -> torch.Tensor:
+    """Logits of the model on the quantized weights as they lie on disk, block by block."""
+    from auto_round.calibration.capture import no_cache
+
+    def put(layer: str) -> None:
+        module = streamed.model.get_submodule(layer)
+        if artifact.quantization is None:
+            value = artifact.checkpoint.read_one(f"{stems[layer]}.weight")
+        else:
+            value = artifact.weight(stems[layer])
+            value = value.t() if plan.layers[layer].info.transposed else value
+        module.weight.copy_(value.to(module.weight.dtype))
+
+    outside = {name: streamed.model.get_submodule(name).weight.clone() for name in plan.quantized(None)}
+    for name in outside:
+        put(name)
+    try:
+        edit = lambda block, module: [put(name) for name in plan.quantized(block)]  # noqa: E731
+        with streamed.streaming(edit if streamed.is_streamed else None) as model, no_cache(model), amp():
+            if not streamed.is_streamed:
+                for name in plan.quantized():
+                    put(name)
+            return model(**{key: value.to(streamed.device) for key, value in batch.items()}).logits.cpu()
+    finally:
+        for name, weight in outside.items():
+            streamed.model.get_submodule(name).weight.copy_(weight)
+
+
+@torch.no_grad()
+def logit_distance(original: torch.Tensor, other: torch.Tensor) -> tuple[float, float]:
+    """(mean KL(original ‖ other) in nats per token, top-1 agreement) of logits [batch, length, vocabulary]."""
+    kl, agree, tokens = 0.0, 0, 0
+    for one, two in zip(original.flatten(0, 1).split(64), other.flatten(0, 1).split(64), strict=True):
+        p, q = one.float().log_softmax(-1), two.float().log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum(dtype=torch.float64).item()
+        agree += int((one.argmax(-1) == two.argmax(-1)).sum())
+        tokens += one.shape[0]
+    return kl / tokens, agree / tokens
+
+
+@torch.no_grad()
+def reload_problem(folder: Path, batch, expected: torch.Tensor, trust_remote_code: bool) -> str | None:
+    """Transformers loads the folder, and computes the logits of the quantized model."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
+    logits = model(**batch).logits.float()
+    error = ((logits - expected.float()).norm() / expected.float().norm().clamp(min=1e-12)).item()
+    if not error <= RELOAD_TOLERANCE:
+        return f"logits of the model loaded by Transformers are {error:.2%} away from the quantized model's"
+    return None
+
+
+# ---- a finished folder, later -------------------------------------------------------------------------------------
+
+
+def verify_artifact(
+    folder: str | Path, against: str | Path | None = None, trust_remote_code: bool = False
+) -> Verification:
+    """Repeat the checks on a finished folder; with `against`, the original, also those that compare with it.
+
+    Raises:
+        CheckpointError: the folder, or the original, cannot be read at all.
+    """
+    folder = Path(folder)
+    artifact = Artifact.open(folder)
+    result = Verification()
+    result.add(
+        "layout", layout_problem(artifact), f"{len(artifact.packed_layers())} packed layers, index and headers agree"
+    )
+    result.add("finite", _finite_problem(artifact), "all scales and floats are finite")
+    report = folder / "report.json"
+    if report.exists():
+        known = json.loads(report.read_text(encoding="utf-8")).get("files", {})
+        found = file_hashes(folder)
+        changed = sorted(name for name in known if found.get(name) != known[name])
+        result.add(
+            "unchanged", f"{changed[0]} was changed after it was written" if changed else None, f"{len(known)} files"
+        )
+    if against is not None:
+        _verify_against(result, artifact, Path(against), trust_remote_code)
+    return result
+
+
+def _finite_problem(artifact: Artifact) -> str | None:
+    for name, entry in artifact.checkpoint.entries.items():
+        if entry.dtype.is_floating_point and not torch.isfinite(artifact.checkpoint.read_one(name).float()).all():
+            return f"{name} holds NaN or Inf"
+    for layer in artifact.packed_layers():
+        if not artifact.weight(layer).isfinite().all():
+            return f"{layer} dequantizes to NaN or Inf"
+    return None
+
+
+def _verify_against(result: Verification, artifact: Artifact, against: Path, trust_remote_code: bool) -> None:
+    from auto_round.eval.divergence import divergence
+    from auto_round.eval.perplexity import read_windows
+    from auto_round.utils.model import load_tokenizer
+
+    source = Checkpoint(against)
+    packed = set(artifact.packed_layers())
+    lost = [n for n in source.names() if n not in artifact.checkpoint and n.removesuffix(".weight") not in packed]
+    result.add(
+        "ledger", f"{lost[0]} of the original is missing" if lost else None, f"{len(source.entries)} source tensors"
+    )
+    result.add("weights", _distance_problem(artifact, source), f"{len(packed)} layers are close to the original")
+    tokenizer = load_tokenizer(against, trust_remote_code)
+    if tokenizer is None:
+        return
+    from transformers import AutoModelForCausalLM
+
+    load = lambda path: AutoModelForCausalLM.from_pretrained(  # noqa: E731
+        path, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    measured = divergence(load(artifact.folder), load(against), read_windows(tokenizer, None, 256, 8))
+    result.kl, result.top1 = measured.kl, measured.top1
+
+
+def _distance_problem(artifact: Artifact, source: Checkpoint) -> str | None:
+    """A quantized layer whose error is as large as the weights themselves is a layer in the wrong place."""
+    for layer in artifact.packed_layers():
+        if f"{layer}.weight" not in source:
+            raise CheckpointError(f"{source.directory} has no {layer}.weight: is it the original of {artifact.folder}?")
+        want, got = source.read_one(f"{layer}.weight").float(), artifact.weight(layer)
+        want = want.t() if want.shape != got.shape else want
+        if want.shape != got.shape:
+            return f"{layer} has shape {tuple(got.shape)}, the original {tuple(want.shape)}"
+        error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
+        if not error < 0.9:
+            return f"{layer} is {error:.0%} away from the original's weight"
+    return None
