@@ -265,7 +265,12 @@ def test_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_sizes() -> None:
-    assert (parse_size("5GB"), parse_size("512 mb"), parse_size("1GiB"), parse_size(7)) == (5 * 10**9, 512 * 10**6, 2**30, 7)
+    assert (parse_size("5GB"), parse_size("512 mb"), parse_size("1GiB"), parse_size(7)) == (
+        5 * 10**9,
+        512 * 10**6,
+        2**30,
+        7,
+    )
     for wrong in ("5 apples", "", "0", "-1"):
         with pytest.raises(ValueError, match="max_shard_size"):
             parse_size(wrong)

@@ -4,7 +4,10 @@ Quantization can only be shown to work on weights that were really trained: rand
 a perplexity worth preserving. This script builds such a model from the permissive text of `corpus.py`, on one CPU
 core, small enough to be an asset. Usage:
 
-    python tools/train_demo_model.py --cache CACHE [--minutes 35] [--compile]
+    python tools/train_demo_model.py --cache CACHE --minutes 33 --compile
+    python tools/train_demo_model.py --cache CACHE --minutes 5 --compile --resume --length 1024 --batch 4 --rate 6e-4
+
+The second command teaches the finished model positions beyond the 512 of the first, which are cheaper to train on.
 """
 
 from __future__ import annotations
@@ -126,6 +129,8 @@ def save_model(model: LlamaForCausalLM, folder: Path) -> None:
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=True, temperature=0.8, top_k=50
     )
     copy.save_pretrained(folder)
+    for path in folder.iterdir():
+        path.chmod(0o644)  # weights are written through a private temporary file
 
 
 def next_token_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
@@ -227,9 +232,25 @@ def parse_arguments() -> tuple[argparse.Namespace, Settings]:
     parser.add_argument("--tokens", type=int, default=defaults.tokens)
     parser.add_argument("--minutes", type=float, default=defaults.minutes)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--length", type=int, default=defaults.length, help="tokens in a row")
+    parser.add_argument("--batch", type=int, default=defaults.batch, help="rows in a batch")
+    parser.add_argument("--rate", type=float, default=defaults.rate, help="highest learning rate")
+    parser.add_argument("--resume", action="store_true", help="go on with the saved model and tokenizer")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
     args = parser.parse_args()
-    return args, Settings(seed=args.seed, tokens=args.tokens, minutes=args.minutes)
+    names = ("seed", "tokens", "minutes", "length", "batch", "rate")
+    return args, Settings(**{name: getattr(args, name) for name in names})
+
+
+def prepare(args: argparse.Namespace, training: list[str], heldout: list[str]) -> Tokenizer:
+    """The tokenizer and the held-out file: written by a first run, left alone by a resumed one."""
+    folder = args.output / "demo_model"
+    if args.resume:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = train_tokenizer(training)
+    save_tokenizer(tokenizer, folder, length=1024)
+    (args.output / "heldout.txt").write_text(SEPARATOR.join(heldout) + "\n", encoding="utf-8")
+    return tokenizer
 
 
 def main() -> None:
@@ -240,15 +261,13 @@ def main() -> None:
     folder = args.output / "demo_model"
 
     training, heldout = split_texts(documents(args.cache, training_only=True), settings)
-    tokenizer = train_tokenizer(training)
-    save_tokenizer(tokenizer, folder, length=1024)
-    (args.output / "heldout.txt").write_text(SEPARATOR.join(heldout) + "\n", encoding="utf-8")
+    tokenizer = prepare(args, training, heldout)
     rows, held = pack(tokenizer, training, settings.length), pack(tokenizer, heldout, settings.length)
     print(
         f"{len(training)} documents, {rows[:, 1:].numel()} training tokens, {held[:, 1:].numel()} held out", flush=True
     )
 
-    model = new_model(tokenizer)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) if args.resume else new_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {settings}", flush=True)
 
     def report(step: int, loss: float, elapsed: float) -> None:

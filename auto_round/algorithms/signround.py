@@ -15,11 +15,10 @@ import torch
 from torch.func import functional_call
 
 from auto_round.algorithms.base import BlockTask, oriented
-from auto_round.calibration.block_io import first_tensor
+from auto_round.calibration.block_io import first_tensor, micro_batch
 from auto_round.data_type import data_type
 from auto_round.store import BlockResult
 
-MICRO_TOKENS = 1024  # tokens per forward: small batches keep activations in the processor's cache
 JUDGE_SAMPLES = 32  # samples on which candidates are compared
 LOSS_EVERY = 10  # iterations between recorded losses
 
@@ -62,7 +61,7 @@ class _Tuner:
         self.task = task
         self.io = task.io
         self.random = random.Random(task.seed)
-        self.micro = max(1, MICRO_TOKENS // max(self.io.lengths)) if self.io.device.type == "cpu" else 1 << 30
+        self.micro = micro_batch(self.io.lengths, self.io.device)
         task.module.requires_grad_(False)
         self.tunables = {name: self._tunable(name) for name in task.layers}
         self.momentum: dict[int, torch.Tensor] = {}

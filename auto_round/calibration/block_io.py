@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,6 +145,15 @@ def same_length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [group[i : i + size] for group in by_length.values() for i in range(0, len(group), size)]
 
 
+MICRO_TOKENS = 1024
+"""Tokens per forward on a CPU: activations of small batches stay in its cache, and memory stays small."""
+
+
+def micro_batch(lengths: Sequence[int], device: torch.device) -> int:
+    """Samples to run at once: a few on a CPU, as many as there are elsewhere."""
+    return max(1, MICRO_TOKENS // max(lengths)) if device.type == "cpu" else len(lengths)
+
+
 @dataclass
 class BlockIO:
     """All samples' activations at one block, with its call; what an algorithm learns from.
@@ -181,6 +190,3 @@ class BlockIO:
             size = 1
         groups = same_length_batches([self.lengths[index] for index in indices], size)
         return [[indices[position] for position in group] for group in groups]
-
-
-Forward = Callable[..., Any]

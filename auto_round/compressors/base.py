@@ -45,6 +45,10 @@ CHECK_LOGIT_BYTES = 128 << 20
 """Bounds of the check batch: tokens, and bytes of its logits (a vocabulary can be large)."""
 
 
+ACTIVATION_BUDGET = 32 << 20
+"""Bytes of activations per chain kept in memory on a CPU; more go to a file, which the page cache holds as it can."""
+
+
 class Compressor:
     """Quantizes one model. Made by `AutoRound(...)`; the steps can be called one by one or through `quantize()`.
 
@@ -68,7 +72,7 @@ class Compressor:
         to_quant_block_names: str | Sequence | None = None,
         quant_lm_head: bool = False,
         algorithm_name: str | None = None,
-        activation_budget: int = 64 << 20,
+        activation_budget: int = ACTIVATION_BUDGET,
         show_progress: bool = True,
         trust_remote_code: bool = False,
     ):

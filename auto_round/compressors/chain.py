@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from auto_round.calibration.block_io import Activations, BlockCall, BlockIO, first_tensor, same_length_batches
+from auto_round.calibration.block_io import (
+    Activations,
+    BlockCall,
+    BlockIO,
+    first_tensor,
+    micro_batch,
+    same_length_batches,
+)
 from auto_round.calibration.capture import Captured
 
 Amp = Callable[[], AbstractContextManager]
@@ -26,20 +33,21 @@ class Chain:
     def __init__(self, captured: Captured, masks: list[torch.Tensor | None], device: torch.device, amp: Amp, place):
         self.calls: dict[str, BlockCall] = captured.calls
         self.hidden_dim = captured.hidden_dim
-        self.lengths = [tensor.shape[self.hidden_dim + 1] for tensor in captured.first_hidden]
+        first, captured.first_hidden = captured.first_hidden, []  # given over: one copy of the activations is enough
+        self.lengths = [tensor.shape[self.hidden_dim + 1] for tensor in first]
         self.masks = masks
         self.device = device
         self.amp = amp
         self._place = place
-        self.clean = self._new("clean", captured.first_hidden)
+        self.clean = self._new("clean", sum(tensor.nbytes for tensor in first), len(first))
+        for index in range(len(first)):
+            self.clean.put(index, first[index])
+            first[index] = None
         self.noisy: Activations | None = None
 
-    def _new(self, name: str, tensors: Sequence[torch.Tensor]) -> Activations:
-        kept = self._place(name, sum(t.nbytes for t in tensors))
-        store = Activations(len(tensors), kept if isinstance(kept, torch.device) else torch.device("cpu"), _file(kept))
-        for index, tensor in enumerate(tensors):
-            store.put(index, tensor)
-        return store
+    def _new(self, name: str, nbytes: int, count: int) -> Activations:
+        kept = self._place(name, nbytes)
+        return Activations(count, kept if isinstance(kept, torch.device) else torch.device("cpu"), _file(kept))
 
     def io(self, block: str) -> BlockIO:
         """What an algorithm learns from: quantized inputs and original outputs (once `advance_clean` has run)."""
@@ -50,7 +58,9 @@ class Chain:
     def keep_inputs(self) -> None:
         """Before the clean chain moves on: the first block's quantized inputs are the original ones."""
         if self.noisy is None:
-            self.noisy = self._new("noisy", [self.clean.get(i) for i in range(len(self.clean))])
+            nbytes = sum(self.clean.get(index).nbytes for index in range(len(self.clean)))
+            self.noisy = self._new("noisy", nbytes, len(self.clean))
+            self.copy_clean()
 
     def copy_clean(self) -> None:
         """Let the quantized chain start anew from the original's states (quantized inputs switched off)."""
@@ -60,7 +70,7 @@ class Chain:
     def advance(self, block: str, module: nn.Module, store: Activations, batch_size: int) -> None:
         """Replace every sample's input in `store` by the block's output for it."""
         call = self.calls[block]
-        size = batch_size if call.batches else 1
+        size = min(batch_size, micro_batch(self.lengths, self.device)) if call.batches else 1
         with torch.no_grad():
             for indices in same_length_batches(self.lengths, size):
                 args, kwargs = call.arguments(indices, store.batch(indices, self.hidden_dim, self.device))

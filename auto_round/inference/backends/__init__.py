@@ -20,6 +20,7 @@ from auto_round.formats.packing import AUTO_AWQ, AUTO_GPTQ, GPTQMODEL, PLAIN
 if TYPE_CHECKING:
     from torch import nn
 
+PACKAGES = {"auto_round_kernel": "auto-round-lib (pip install 'auto-round[kernels]')"}  # module → where it comes from
 _ALL_PACKINGS = (AUTO_GPTQ, PLAIN, GPTQMODEL, AUTO_AWQ)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -75,7 +76,7 @@ class Backend:
             (layer.bits in self.bits, f"has {_names(self.bits)} bits"),
             (layer.sym in self.sym, "is symmetric only" if self.sym == (True,) else "is asymmetric only"),
             (layer.dtype in self.dtypes, f"computes in {_names(self.dtypes)}"),
-            (not missing, f"needs the package {_names(missing)}"),
+            (not missing, f"needs the package {_names(PACKAGES.get(name, name) for name in missing)}"),
         )
         return next((reason for fine, reason in checks if not fine), None) or self.fits(layer)
 
@@ -122,6 +123,18 @@ BACKENDS: dict[str, Backend] = {
         fits=_int4_op_shape,
         priority=5,
         about="PyTorch's 4-bit product for few rows, the reference for many",
+    ),
+    "auto_round_kernel": Backend(
+        builder="auto_round.inference.backends.ark:ArkLinear",
+        aliases=("ark", "auto_round_kernel_zp", "auto_round_kernel_awq"),
+        devices=("cpu",),
+        packings=_ALL_PACKINGS,
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        dtypes=_FLOATS,
+        fits=_multiples_of_32,
+        requires=("auto_round_kernel",),
+        priority=3,
+        about="the kernels of auto-round-lib for few rows, the reference for many",
     ),
 }
 

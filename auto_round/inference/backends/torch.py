@@ -153,3 +153,8 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.layer}, backend={self.backend}"
+
+
+def needs_grad(x: torch.Tensor) -> bool:
+    """Whether a gradient will be asked for: kernels without one leave such inputs to the reference."""
+    return x.requires_grad and torch.is_grad_enabled()

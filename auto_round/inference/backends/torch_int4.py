@@ -17,7 +17,7 @@ import torch
 
 from auto_round.formats.packing import encode
 from auto_round.inference.backends import PackedLayer
-from auto_round.inference.backends.torch import QuantLinear
+from auto_round.inference.backends.torch import QuantLinear, needs_grad
 from auto_round.logger import logger
 
 MAX_ROWS = 64  # crossover on one Sapphire Rapids core: 57 rows at 2048×2048, 96 at 4096×4096 and 14336×4096
@@ -74,7 +74,7 @@ class Int4Linear(QuantLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.numel() // self.in_features
-        if not self._repacked or rows > MAX_ROWS or x.dtype != torch.bfloat16 or _needs_grad(x):
+        if not self._repacked or not 0 < rows <= MAX_ROWS or x.dtype != torch.bfloat16 or needs_grad(x):
             return super().forward(x)
         flat = x.reshape(rows, self.in_features)
         weight = self.qweight.view(self.out_features, self.in_features // 2)
@@ -90,11 +90,6 @@ class Int4Linear(QuantLinear):
             zeros = torch.zeros(layer.out_features, layer.groups, dtype=torch.uint8)
             codes = self.codes(0, layer.out_features)
             destination[prefix + "qweight"] = encode(layer.packing, codes, zeros, layer.bits)["qweight"]
-
-
-def _needs_grad(x: torch.Tensor) -> bool:
-    """Whether a gradient will be asked for: the operator has none."""
-    return x.requires_grad and torch.is_grad_enabled()
 
 
 def _unpack(packed: torch.Tensor) -> torch.Tensor:

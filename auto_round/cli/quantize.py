@@ -1,0 +1,228 @@
+"""`auto-round MODEL …`: quantizes a model, saves it, verifies what was saved, and says what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from auto_round.algorithms import ALGORITHMS, ALIASES
+from auto_round.cli.parser import (
+    Parser,
+    UsageError,
+    add_debug,
+    add_tasks,
+    add_trust,
+    comma_list,
+    layer_config,
+    whole_number,
+)
+from auto_round.settings import RECIPES
+
+ABOUT = """Quantize a model: auto-round MODEL --scheme W4A16
+
+MODEL is a model folder or a hub id. Without further options the calibration text shipped with the package is used and
+rounding is tuned for 200 iterations per block. A run that was stopped goes on with the same command."""
+
+# Options of the interface that people know for which this version has no counterpart.
+# fmt: off
+ABSENT = (
+    "--schemes", "--avg_bits", "--target_bits", "--options", "--option", "--ignore_scale_zp_bits",
+    "--shared_layers", "--num_hidden_layers", "--debug_layer_num", "--enable_deterministic_algorithms",
+    "--static_kv_dtype", "--static_kv_granularity", "--static_attention_dtype", "--static_attention_granularity",
+    "--model_free", "--disable_model_free", "--act_group_size", "--act_asym", "--act_data_type", "--act_dtype",
+    "--disable_act_dynamic", "--super_bits", "--super_group_size", "--scale_dtype", "--nblocks",
+    "--enable_norm_bias_tuning", "--enable_alg_ext", "--enable_adam", "--enable_lfq", "--enable_neuqi",
+    "--awq_duo_scaling", "--awq_n_grid", "--awq_seqlen", "--awq_smooth_batch_size", "--awq_apply_clip",
+    "--awq_clip_as_init", "--rotation_type", "--rotation_backend", "--rotation_block_size", "--eval_gen_kwargs",
+    "--fewshot_as_multiturn", "--eval_task_by_task", "--eval_backend", "--vllm_args", "--eval_model_dtype",
+    "--add_bos_token", "--mllm", "--quant_nontext_module", "--extra_data_dir", "--template", "--prompt_file",
+    "--prompt", "--metrics", "--image_save_dir", "--guidance_scale", "--calib_num_inference_steps",
+    "--num_inference_steps", "--generator_seed", "--diffusion_tuning_cache_size",
+)
+# fmt: on
+
+# What the command itself uses; everything else that the user gave is an argument of `AutoRound`.
+_OWN = ("model", "model_option", "recipe", "format", "output_dir", "max_shard_size", "tasks", "eval_bs", "limit")
+_ACCEPTED = ("num_fewshot", "debug", "disable_trust_remote_code", "low_cpu_mem_usage", "platform")
+
+
+def make_parser(recipe: str = "default") -> Parser:
+    """The parser; options that the user leaves out are not in its result, so that a recipe can fill them."""
+    parser = Parser("quantize", ABOUT, "model", ABSENT, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
+        "--model",
+        "--model_name",
+        "--model_name_or_path",
+        dest="model_option",
+        metavar="MODEL",
+        default=None,
+        help="the same as MODEL",
+    )
+    parser.add_argument("--recipe", choices=tuple(RECIPES), default=recipe, help=f"named settings (default: {recipe})")
+    _add_scheme(parser)
+    _add_run(parser)
+    _add_tuning(parser)
+    add_tasks(parser)
+    parser.set_defaults(tasks=None, eval_bs=None, limit=None, num_fewshot=None, debug=False)
+    return parser
+
+
+def _add_scheme(parser: Parser) -> None:
+    group = parser.add_argument_group("what is stored")
+    group.add_argument("--scheme", help="preset: W4A16 (default), W2A16G32 …; `auto-round list schemes` shows them")
+    group.add_argument("--bits", "--bit", type=whole_number, metavar="N", help="width of the codes, 2 to 8")
+    group.add_argument(
+        "--group_size",
+        type=whole_number,
+        metavar="N",
+        help="inputs that share a scale; -1: a whole row, 0: the whole tensor",
+    )
+    group.add_argument("--asym", dest="sym", action="store_false", help="asymmetric: with zero points")
+    group.add_argument("--data_type", "--dtype", metavar="NAME", help="number family of the codes (int)")
+    group.add_argument("--act_bits", type=whole_number, metavar="N", help="width of activations (16)")
+    group.add_argument(
+        "--layer_config",
+        type=layer_config,
+        metavar="RULES",
+        help="rules by layer name or pattern: '{k_proj:{bits:8},lm_head:W8A16}'",
+    )
+    group.add_argument(
+        "--ignore_layers", "--fp_layers", metavar="LAYERS", help="comma list of layers that stay as they are"
+    )
+    group.add_argument("--quant_lm_head", action=argparse.BooleanOptionalAction, help="quantize the output layer too")
+    group.add_argument(
+        "--to_quant_block_names", metavar="BLOCKS", help="comma list of blocks to quantize (default: all)"
+    )
+    group.add_argument("--format", "--formats", default=None, help="comma list; `auto-round list formats` shows them")
+    group.add_argument("--output_dir", metavar="DIR", default="./tmp_autoround", help="default: ./tmp_autoround")
+    group.add_argument(
+        "--max_shard_size", metavar="SIZE", default=None, help="of the weight files: 5GB (default), 512MB …"
+    )
+
+
+def _add_run(parser: Parser) -> None:
+    group = parser.add_argument_group("how it runs")
+    group.add_argument("--dataset", help="calibration text: a .json, .jsonl or .txt file, or hub names")
+    group.add_argument("--nsamples", "--nsample", type=whole_number, metavar="N", help="calibration samples (128)")
+    group.add_argument("--seqlen", "--seq_len", type=whole_number, metavar="N", help="tokens per sample (2048)")
+    group.add_argument("--apply_chat_template", action="store_true", help="render the records with the chat template")
+    group.add_argument(
+        "--device_map", "--device", "--devices", metavar="DEVICE", help="cpu, cuda, 0, cuda:1, auto (default: 0)"
+    )
+    group.add_argument("--seed", type=whole_number, metavar="N", help="everything random follows it (42)")
+    group.add_argument("--model_dtype", choices=("fp16", "float16", "bf16", "bfloat16", "fp32", "float32"))
+    group.add_argument("--disable_amp", dest="amp", action="store_false", help="tune in the model's own dtype")
+    group.add_argument("--low_gpu_mem_usage", action="store_true", help="accepted: memory is bounded by a block")
+    group.add_argument("--platform", choices=("hf",), help=argparse.SUPPRESS)
+    memory = group.add_mutually_exclusive_group()
+    memory.add_argument("--low_cpu_mem_usage", action="store_true", help=argparse.SUPPRESS)
+    memory.add_argument(
+        "--disable_low_cpu_mem_usage", dest="low_cpu_mem_usage", action="store_false", help=argparse.SUPPRESS
+    )
+    _add_switch(group, "torch_compile", "accepted: the tuning loop does not need compiling")
+    add_trust(parser)
+    add_debug(parser)
+
+
+def _add_tuning(parser: Parser) -> None:
+    group = parser.add_argument_group("tuning")
+    group.add_argument(
+        "--iters", "--iter", type=whole_number, metavar="N", help="steps per block (200); 0 rounds to nearest"
+    )
+    group.add_argument(
+        "--batch_size", "--train_bs", "--bs", type=whole_number, metavar="N", help="samples per step (8)"
+    )
+    group.add_argument("--gradient_accumulate_steps", type=whole_number, metavar="N", help="batches per step (1)")
+    group.add_argument("--lr", type=float, metavar="X", help="step of the rounding (1/iters)")
+    group.add_argument("--minmax_lr", type=float, metavar="X", help="step of the clipping (lr)")
+    group.add_argument("--momentum", type=float, metavar="X", help="of the steps (0)")
+    group.add_argument(
+        "--algorithm",
+        "--algorithms",
+        "--alg",
+        "--algs",
+        "--alg_config",
+        "--alg_configs",
+        type=_known,
+        metavar="NAME",
+        help="signround, or rtn for iters 0; `auto-round list algorithms`",
+    )
+    group.add_argument(
+        "--not_use_best_mse", action=argparse.BooleanOptionalAction, help="keep the last iterate, not the best"
+    )
+    _add_switch(group, "minmax_tuning", "tune the clipping (on)")
+    _add_switch(group, "quanted_input", "tune on inputs from the quantized blocks before (on)")
+    search = group.add_mutually_exclusive_group()
+    search.add_argument("--disable_opt_rtn", action="store_true", help="plain rounding: no search of scales")
+    search.add_argument("--enable_opt_rtn", dest="disable_opt_rtn", action="store_false", help="search scales (on)")
+
+
+def _add_switch(group: Any, name: str, about: str) -> None:
+    """`--enable_X` and `--disable_X` (also `--no-enable_X`) for the argument `enable_X`."""
+    switch, dest = group.add_mutually_exclusive_group(), f"enable_{name}"
+    switch.add_argument(f"--enable_{name}", dest=dest, action="store_true", help=about)
+    switch.add_argument(f"--disable_{name}", f"--no-enable_{name}", dest=dest, action="store_false")
+
+
+def _known(name: str) -> str:
+    """An algorithm's name, checked before the model is read."""
+    key = ALIASES.get(name.strip().lower(), name.strip().lower())
+    if key not in ALGORITHMS:
+        raise argparse.ArgumentTypeError(f"unknown algorithm {name!r}: known are {', '.join(ALGORITHMS)}")
+    return key
+
+
+def settings_for(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `AutoRound`: what the user gave, and what the recipe says about the rest."""
+    own = (*_OWN, *_ACCEPTED)
+    given = {name: value for name, value in vars(options).items() if name not in own and value is not None}
+    return {**RECIPES[options.recipe], **given}
+
+
+def run(arguments: list[str], recipe: str = "default") -> int:
+    parser = make_parser(recipe)
+    if not arguments:
+        parser.print_help()
+        return 0
+    options = parser.parse(arguments)
+    model = options.model_option or options.model
+    if model is None or (options.model and options.model_option):
+        raise UsageError("give one model: a folder or a hub id, as in `auto-round MODEL --scheme W4A16`")
+    tasks = comma_list(options.tasks)
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError('--tasks needs lm-eval: pip install "auto-round[eval]"; or leave --tasks out')
+    settings = settings_for(options)
+
+    from auto_round.autoround import AutoRound
+    from auto_round.cli.summary import print_report, silence_loading
+
+    began = time.monotonic()
+    compressor = AutoRound(model, **settings)
+    silence_loading()
+    formats = ",".join(comma_list(options.format)) or None
+    _, found = compressor.quantize_and_save(options.output_dir, format=formats, max_shard_size=options.max_shard_size)
+    folders = [found] if isinstance(found, str) else found
+    reports = [json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")) for folder in folders]
+    for report in reports:
+        print_report(report, time.monotonic() - began)
+    if tasks:
+        _run_tasks(folders[-1], tasks, options, str(compressor.device))
+    return 0
+
+
+def _run_tasks(folder: str, tasks: list[str], options: argparse.Namespace, device: str) -> None:
+    from auto_round.cli.summary import print_pairs
+    from auto_round.eval.harness import run_tasks
+
+    trusted = getattr(options, "trust_remote_code", False)
+    found = run_tasks(
+        folder, tasks, options.eval_bs or "auto", options.limit, options.num_fewshot, device, trust_remote_code=trusted
+    )
+    rows = [
+        (f"{task} {metric}", f"{value:.4f}") for task, metrics in found.items() for metric, value in metrics.items()
+    ]
+    print_pairs(f"Tasks on {folder}", rows)

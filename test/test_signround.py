@@ -1,0 +1,92 @@
+"""Tuning: it helps, it is reproducible, and it never ends worse than where it started."""
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_llama, token_ids
+
+from auto_round import AutoRound
+
+
+def compressor(folder, **changes):
+    arguments = {
+        "scheme": "W2A16G32",
+        "dataset": token_ids(16),
+        "nsamples": 16,
+        "seqlen": 32,
+        "batch_size": 4,
+        "iters": 20,
+        "device_map": "cpu",
+        "show_progress": False,
+    }
+    return AutoRound(str(folder), **{**arguments, **changes})
+
+
+def test_tuning_lowers_the_loss_of_every_block(tiny_dir, tmp_path):
+    run = compressor(tiny_dir, iters=60)
+    run.quantize_and_save(tmp_path / "out")
+    for block in run.block_log:
+        assert block["final_loss"] < block["start_loss"]
+        assert block["losses"][0] == (0, block["start_loss"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"sym": False},
+        {"group_size": -1},
+        {"group_size": 0},
+        {"bits": 3, "enable_minmax_tuning": False},
+        {"enable_quanted_input": False},
+        {"momentum": 0.9},
+        {"gradient_accumulate_steps": 2, "batch_size": 2},
+        {"bits": 8, "sym": False},
+        {"bits": 5},
+    ],
+)
+def test_settings_work_and_repeat(tiny_dir, changes):
+    states = [compressor(tiny_dir, iters=3, **changes).quantize()[0].state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_gradient_accumulation_is_a_bigger_batch(tiny_dir):
+    one = compressor(tiny_dir, iters=4, batch_size=4).quantize()[0].state_dict()
+    two = compressor(tiny_dir, iters=4, batch_size=2, gradient_accumulate_steps=2).quantize()[0].state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_no_improvement_keeps_the_start(tiny_dir):
+    """A learning rate of zero tunes nothing: the result is optimized round-to-nearest, and is said to be."""
+    run = compressor(tiny_dir, iters=2, lr=0.0, minmax_lr=0.0)
+    run.quantize()
+    assert all("kept" in block["note"] for block in run.block_log)
+
+
+def test_samples_of_different_lengths(tmp_path):
+    folder = save_tiny(tiny_llama(), tmp_path / "tiny")
+    ids = token_ids(4, 32) + token_ids(4, 20)
+    run = compressor(folder, dataset=ids, nsamples=8, iters=3)
+    run.quantize()
+    assert len(run.block_log) == 2
+
+
+def test_a_model_object(tmp_path):
+    from tiny import tiny_tokenizer
+
+    model = tiny_llama()
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    arguments = {"dataset": token_ids(8), "nsamples": 8, "seqlen": 32, "iters": 3, "show_progress": False}
+    run = AutoRound(model, tiny_tokenizer(), scheme="W4A16G32", **arguments)
+    quantized, layers = run.quantize()
+    assert quantized is model
+    assert len([name for name in layers if layers[name]["bits"] == 4]) == 14
+    changed = {name for name in original if not torch.equal(original[name], model.state_dict()[name])}
+    assert changed == {f"{name}.weight" for name, layer in layers.items() if layer["bits"] == 4}
+    assert model.model.layers[0].mlp.down_proj.scale.shape == (64, 4)
+    run.save_quantized(tmp_path / "saved")
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    batch = token_ids(1)[0]
+    with torch.no_grad():
+        assert torch.allclose(loaded(batch).logits, model(batch).logits, atol=1e-4)
