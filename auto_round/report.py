@@ -34,6 +34,7 @@ table { border-collapse: collapse; width: 100%; }
 .scroll { overflow-x: auto; }
 th, td { text-align: left; padding: .25rem .7rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; }
+.pairs th { width: 14rem; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 td.name, code { font-family: ui-monospace, monospace; font-size: .88em; overflow-wrap: anywhere; }
 .good { color: var(--good); } .bad { color: var(--bad); font-weight: 600; } .warn { color: var(--warn); }
@@ -59,7 +60,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         ("Kept in high precision (large)", _large_kept(report.get("large_kept") or ())),
         ("Loss of each block", _blocks(report.get("blocks") or ())),
         ("Tensors of the source", _pairs(report.get("ledger") or {})),
-        ("Time", _pairs({name: seconds(value) for name, value in (report.get("times") or {}).items()})),
+        ("Time", _times(report.get("times") or {})),
         ("Calibration data", _pairs(report.get("data") or {})),
         ("Settings", _pairs(report.get("settings") or {})),
         ("Versions and command", _pairs({**(report.get("versions") or {}), "command": report.get("command")})),
@@ -202,7 +203,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence
 def _pairs(values: Mapping[str, Any]) -> str:
     shown = [(escape(str(key)), _text(value)) for key, value in values.items() if value not in (None, "", [], ())]
     rows = "".join(f'<tr><th>{key}</th><td class="name">{value}</td></tr>\n' for key, value in shown)
-    return f'<div class="scroll"><table><tbody>\n{rows}</tbody></table></div>' if rows else ""
+    return f'<div class="scroll"><table class="pairs"><tbody>\n{rows}</tbody></table></div>' if rows else ""
+
+
+def _times(times: Mapping[str, float]) -> str:
+    stages = {name: seconds(value) for name, value in times.items() if name not in ("total", "quantize")}
+    return _pairs({**stages, "total": seconds(total_seconds(times))}) if times else ""
 
 
 def _head(report: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Checks of a written folder, by a reader that shares no code with the one that wrote it.
 
-Codes are unpacked bit by bit with NumPy, tensors are compared with the store and the source, and a model is run on the
-weights as they lie on disk.
+Codes are unpacked with NumPy from the description of the layout, tensors are compared with the store and the source, and the
+model is run on the quantized weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from auto_round.algorithms.base import put_weights
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import ModelPlan
@@ -62,35 +63,37 @@ class Verification:
 
 
 def bit_fields(words: np.ndarray, bits: int) -> np.ndarray:
-    """[rows, n] int32 words → [rows, n·32/bits] codes: little-endian bit stream along the last axis."""
-    stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
-    fields = stream[:, : stream.shape[1] // bits * bits].reshape(words.shape[0], -1, bits)
-    codes = np.zeros(fields.shape[:2], np.int16)
-    for position in range(bits):
-        codes |= fields[:, :, position].astype(np.int16) << position
-    return codes
+    """[n·bits/32, m] int32 words → [n, m] codes: a little-endian bit stream runs down each column."""
+    columns = words.shape[1]
+    groups = np.ascontiguousarray(words).view(np.uint32).reshape(-1, bits, columns)  # 32 codes to a group
+    codes = np.empty((groups.shape[0], 32, columns), np.uint8)
+    for position in range(32):
+        word, shift = divmod(position * bits, 32)
+        field = groups[:, word] >> np.uint32(shift)
+        if shift + bits > 32:  # the code straddles two words
+            field |= groups[:, word + 1] << np.uint32(32 - shift)
+        codes[:, position] = field & np.uint32((1 << bits) - 1)
+    return codes.reshape(-1, columns)
 
 
 def awq_fields(words: np.ndarray) -> np.ndarray:
-    """[rows, n] int32 words → [rows, 8·n] 4-bit codes in logical column order."""
-    slots = bit_fields(words, 4).reshape(words.shape[0], -1, 8)
-    return slots[:, :, list(AWQ_SLOTS)].reshape(words.shape[0], -1)
+    """[m, n/8] int32 words → [n, m] 4-bit codes in logical order of the n output channels."""
+    slots = bit_fields(words.T, 4).reshape(-1, 8, words.shape[0])
+    return slots[:, list(AWQ_SLOTS)].reshape(-1, words.shape[0])
 
 
 def read_layer(tensors: Mapping[str, torch.Tensor], bits: int, packing: str) -> torch.Tensor:
     """float32 [out, in] weight of a packed layer (`qweight`, `qzeros`, `scales`)."""
     weight, zeros = tensors["qweight"].numpy(), tensors["qzeros"].numpy()
-    scales = tensors["scales"].float()  # [groups, out]
     if packing.endswith("awq"):
-        codes, zero = awq_fields(weight), awq_fields(zeros)  # [in, out], [groups, out]
+        codes, zero = awq_fields(weight).T, awq_fields(zeros).T  # [in, out], [groups, out]
     else:
-        codes = bit_fields(weight.T, bits).T  # [in, out]
-        zero = bit_fields(zeros, bits)
-        if packing.endswith("auto_gptq"):
-            zero = zero + 1
+        codes, zero = bit_fields(weight, bits), bit_fields(zeros.T, bits).T
+    zero = zero.astype(np.float32) + (1.0 if packing.endswith("auto_gptq") else 0.0)
+    scales = tensors["scales"].float()  # [groups, out]
     columns, rows = codes.shape
-    centred = torch.from_numpy(codes.astype(np.float32).reshape(len(scales), -1, rows) - zero[:, None, :])
-    return (centred * scales[:, None, :]).reshape(columns, rows).t()
+    centred = torch.from_numpy(codes).view(len(scales), -1, rows).float().sub_(torch.from_numpy(zero)[:, None, :])
+    return centred.mul_(scales[:, None, :]).view(columns, rows).t()
 
 
 @dataclass(frozen=True)
@@ -144,23 +147,21 @@ def layout_problem(artifact: Artifact) -> str | None:
     return None
 
 
-def codes_problem(artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str]) -> str | None:
-    """What a reader dequantizes equals, bit for bit, what the tuning decided."""
-    for block in (*plan.block_names, OUTSIDE):
-        layers = plan.quantized(None if block == OUTSIDE else block)
-        if not layers:
-            continue
-        for name, tensor in store.load(block, layers).tensors.items():
-            if artifact.quantization is None:
-                read = artifact.checkpoint.read_one(f"{stems[name]}.weight")
-                read = read.t() if layers[name].info.transposed else read
-                want = tensor.dequantize().to(read.dtype)
-            else:
-                read, want = artifact.weight(stems[name]), tensor.dequantize()
-            if not torch.equal(read, want):
-                return f"{name} reads back differently from what was quantized"
-            if not torch.isfinite(read).all():
-                return f"{name} holds values that are not finite"
+def codes_problem(
+    artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str], block: str
+) -> str | None:
+    """What a reader dequantizes of a block equals, bit for bit, what the tuning decided."""
+    layers = plan.quantized(None if block == OUTSIDE else block)
+    for name, tensor in store.load(block, layers).tensors.items() if layers else ():
+        if artifact.quantization is None:
+            read = artifact.checkpoint.read_one(f"{stems[name]}.weight")
+            read = read.t() if layers[name].info.transposed else read
+        else:
+            read = artifact.weight(stems[name])
+        if not torch.equal(read, tensor.dequantize(read.dtype)):
+            return f"{name} reads back differently from what was quantized"
+        if not torch.isfinite(tensor.scale).all():
+            return f"{name} holds scales that are not finite"
     return None
 
 
@@ -197,30 +198,19 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 
 @torch.no_grad()
-def artifact_logits(
-    artifact: Artifact, streamed: StreamedModel, plan: ModelPlan, stems: Mapping[str, str], batch, amp
-) -> torch.Tensor:
-    """Logits of the model on the quantized weights as they lie on disk, block by block."""
+def artifact_logits(streamed: StreamedModel, plan: ModelPlan, store: Store, batch, amp) -> torch.Tensor:
+    """Logits of the streamed model on the quantized weights, block by block (`codes_problem` says they are the file's)."""
     from auto_round.calibration.capture import no_cache
 
-    def put(layer: str) -> None:
-        module = streamed.model.get_submodule(layer)
-        if artifact.quantization is None:
-            value = artifact.checkpoint.read_one(f"{stems[layer]}.weight")
-        else:
-            value = artifact.weight(stems[layer])
-            value = value.t() if plan.layers[layer].info.transposed else value
-        module.weight.copy_(value.to(module.weight.dtype))
+    def put(block: str, module: torch.nn.Module, prefix: str) -> None:
+        layers = plan.quantized(None if block == OUTSIDE else block)
+        if layers:
+            put_weights(module, prefix, store.load(block, layers).tensors, layers)
 
     outside = {name: streamed.model.get_submodule(name).weight.clone() for name in plan.quantized(None)}
-    for name in outside:
-        put(name)
+    put(OUTSIDE, streamed.model, "")
     try:
-        edit = lambda block, module: [put(name) for name in plan.quantized(block)]  # noqa: E731
-        with streamed.streaming(edit if streamed.is_streamed else None) as model, no_cache(model), amp():
-            if not streamed.is_streamed:
-                for name in plan.quantized():
-                    put(name)
+        with streamed.streaming(lambda block, module: put(block, module, block)) as model, no_cache(model), amp():
             return model(**{key: value.to(streamed.device) for key, value in batch.items()}).logits.cpu()
     finally:
         for name, weight in outside.items():
@@ -266,9 +256,10 @@ def verify_artifact(
     folder = Path(folder)
     artifact = Artifact.open(folder)
     result = Verification()
-    result.add(
-        "layout", layout_problem(artifact), f"{len(artifact.packed_layers())} packed layers, index and headers agree"
-    )
+    layers = len(artifact.packed_layers())
+    result.add("layout", layout_problem(artifact), f"{layers} packed layers, index and headers agree")
+    if not result.passed:
+        return result
     result.add("finite", _finite_problem(artifact), "all scales and floats are finite")
     report = folder / "report.json"
     if report.exists():
@@ -278,7 +269,7 @@ def verify_artifact(
         result.add(
             "unchanged", f"{changed[0]} was changed after it was written" if changed else None, f"{len(known)} files"
         )
-    if against is not None:
+    if against is not None and result.passed:
         _verify_against(result, artifact, Path(against), trust_remote_code)
     return result
 

@@ -5,10 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny, tiny_llama
+from tiny import save_tiny, tiny_llama, token_ids
 
 from auto_round import AutoRound
 from auto_round.store import Store, StoreError
@@ -26,8 +27,6 @@ AutoRound({model!r}, scheme="W2A16G32", dataset=token_ids(8), nsamples=8, seqlen
 
 
 def run(model, out, **changes):
-    from tiny import token_ids
-
     arguments = {"dataset": token_ids(8), "nsamples": 8, "seqlen": 32, "batch_size": 4, "iters": 8}
     made = AutoRound(
         str(model), scheme="W2A16G32", device_map="cpu", show_progress=False, **{**arguments, **changes}
@@ -36,13 +35,7 @@ def run(model, out, **changes):
 
 
 def weights(folder):
-    return {n: h for n, h in file_hashes(folder_path(folder)).items() if n.endswith((".safetensors", ".json"))}
-
-
-def folder_path(folder):
-    from pathlib import Path
-
-    return Path(folder)
+    return {n: h for n, h in file_hashes(Path(folder)).items() if n.endswith((".safetensors", ".json"))}
 
 
 @pytest.fixture

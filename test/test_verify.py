@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from auto_round.verify import verify_artifact
 
 @pytest.fixture
 def artifact(tiny_dir, tmp_path):
-    run = AutoRound(str(tiny_dir), scheme="W4A16G32", iters=0, disable_opt_rtn=True, device_map="cpu", show_progress=False)
-    from pathlib import Path
-
+    run = AutoRound(
+        str(tiny_dir), scheme="W4A16G32", iters=0, disable_opt_rtn=True, device_map="cpu", show_progress=False
+    )
     return Path(run.quantize_and_save(tmp_path / "out")[1])
 
 

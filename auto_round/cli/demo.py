@@ -51,23 +51,23 @@ class Row:
 def run(arguments: list[str]) -> int:
     options = _parse(arguments)
 
+    from transformers import AutoModelForCausalLM  # noqa: F401 - so that the memory of importing it is known
+
     from auto_round.cli.summary import console, print_table, silence_loading
     from auto_round.utils.device import peak_memory_mb
 
     silence_loading()
     if not options.debug:
         logger.setLevel(logging.WARNING)  # one line a row is enough here
-    began = time.monotonic()
-    imported = peak_memory_mb()
+    began, imported = time.monotonic(), peak_memory_mb()
     rows = measure(Path(options.output_dir), options)
     names = ("model", "perplexity", "KL divergence", "same top token", "weights", "seconds to quantize")
     print_table("Demo", names, map(_cells, rows), right=range(1, len(names)))
     print_table(f'What they write after "{PROMPT}"', ("model", "text"), ((row.name, row.text) for row in rows))
     out = console()
     out.print(f"{WINDOWS} windows of {WINDOW} held-out tokens; KL divergence in nats per token, from the original.")
-    out.print(
-        f"Time {time.monotonic() - began:.0f} s, peak memory {peak_memory_mb():.0f} MiB ({imported:.0f} MiB imports)."
-    )
+    took, peak = time.monotonic() - began, peak_memory_mb()
+    out.print(f"{took:.0f} seconds in all; peak memory {peak:.0f} MiB, of which {imported:.0f} MiB after importing.")
     out.print("Every folder was checked after it was written, and holds a report.html:")
     for row in rows[1:]:
         out.print(f"  {row.folder}", markup=False, soft_wrap=True)

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _fail(*_explain(error), debug)
+        return _fail(*_explain(error, debug), debug)
 
 
 def _dispatch(arguments: list[str], recipe: str, debug: bool) -> int:
@@ -112,7 +112,7 @@ def _quieten(debug: bool) -> None:
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 
-def _explain(error: Exception) -> tuple[str, int]:
+def _explain(error: Exception, debug: bool) -> tuple[str, int]:
     """(sentence, exit code) for an error."""
     if isinstance(error, UsageError):
         return str(error), 2
@@ -125,7 +125,8 @@ def _explain(error: Exception) -> tuple[str, int]:
         isinstance(error, (ValueError, RuntimeError)) and _raised_in(error).startswith("auto_round.")
     ):
         return str(error), 1
-    return f"{type(error).__name__}: {error} (run again with --debug for the traceback)", 1
+    hint = "" if debug else " (run again with --debug for the traceback)"
+    return f"{type(error).__name__}: {error}{hint}", 1
 
 
 def _loaded(name: str) -> type[Exception] | None:

@@ -84,7 +84,8 @@ class Parser(argparse.ArgumentParser):
         if name in self.absent:
             return f"{name} is not part of this version; `{self.prog} --help` shows the options it has"
         close = difflib.get_close_matches(name, list(self._option_string_actions), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else f"; `{self.prog} --help` shows the options"
+        first = [self._option_string_actions[option].option_strings[0] for option in close]
+        hint = f"; did you mean {first[0]}?" if first else f"; `{self.prog} --help` shows the options"
         return f"unknown argument {name}{hint}"
 
 

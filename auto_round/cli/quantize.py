@@ -195,15 +195,14 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     tasks = comma_list(options.tasks)
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError('--tasks needs lm-eval: pip install "auto-round[eval]"; or leave --tasks out')
-    settings = settings_for(options)
+    formats = _check_output(options)
 
     from auto_round.autoround import AutoRound
     from auto_round.cli.summary import print_report, silence_loading
 
     began = time.monotonic()
-    compressor = AutoRound(model, **settings)
+    compressor = AutoRound(model, **settings_for(options))
     silence_loading()
-    formats = ",".join(comma_list(options.format)) or None
     _, found = compressor.quantize_and_save(options.output_dir, format=formats, max_shard_size=options.max_shard_size)
     folders = [found] if isinstance(found, str) else found
     reports = [json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")) for folder in folders]
@@ -212,6 +211,19 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     if tasks:
         _run_tasks(folders[-1], tasks, options, str(compressor.device))
     return 0
+
+
+def _check_output(options: argparse.Namespace) -> str | None:
+    """The formats' known names; what is wrong with them or with the shards' size is said before a model is fetched."""
+    from auto_round.formats import format_name
+    from auto_round.formats.writer import parse_size
+
+    if options.max_shard_size is not None:
+        try:
+            parse_size(options.max_shard_size)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return ",".join(map(format_name, comma_list(options.format))) or None
 
 
 def _run_tasks(folder: str, tasks: list[str], options: argparse.Namespace, device: str) -> None:

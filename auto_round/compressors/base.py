@@ -429,6 +429,7 @@ class Compressor:
         ]
         if not self.streamed.is_streamed:
             self.put_quantized(store)
+        store.close()
         return self.model, folders[0] if len(folders) == 1 else folders
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from auto_round.formats.writer import write_json
 from auto_round.logger import logger
 from auto_round.report import render_html
 from auto_round.schemes import QuantizationScheme
-from auto_round.store import Store
+from auto_round.store import OUTSIDE, Store
 from auto_round.utils.device import device_peak_mb, peak_memory_mb
 from auto_round.verify import (
     RELOAD_LIMIT,
@@ -109,25 +108,26 @@ def verify(run: Compressor, store: Store, ledger: Ledger, folder: Path) -> Verif
     result = Verification()
     artifact = Artifact.open(folder)
     stems = {name: stem_of(run.streamed, name) for name in run.plan.quantized()}
+    blocks = (*run.plan.block_names, OUTSIDE)
     result.add("ledger", None, ", ".join(f"{n} {fate}" for fate, n in ledger.counts().items() if n))
     result.add("layout", layout_problem(artifact), "index, headers and configuration agree")
     result.add(
         "reloaded = quantized",
-        codes_problem(artifact, run.plan, store, stems),
+        next(filter(None, (codes_problem(artifact, run.plan, store, stems, block) for block in blocks)), None),
         f"{len(stems)} layers read back bit for bit",
     )
     kept = ledger.of("kept")
     result.add("kept = source", kept_problem(artifact, run.streamed, kept), f"{len(kept)} tensors byte for byte")
     if run.block_log and run.tune.needs_data:
         result.add("replay = model", None, f"{len(run.plan.block_names)} blocks")
-    _verify_logits(run, result, artifact, stems)
+    _verify_logits(run, store, result, artifact)
     return result
 
 
-def _verify_logits(run: Compressor, result: Verification, artifact: Artifact, stems: Mapping[str, str]) -> None:
+def _verify_logits(run: Compressor, store: Store, result: Verification, artifact: Artifact) -> None:
     native = run.observe_original()
     if run.streamed.is_streamed:
-        logits = artifact_logits(artifact, run.streamed, run.plan, stems, native.batch, run.amp)
+        logits = artifact_logits(run.streamed, run.plan, store, native.batch, run.amp)
         finite = bool(torch.isfinite(logits).all())
         result.add("finite", None if finite else "the quantized model gives logits that are not finite", "logits")
         result.kl, result.top1 = logit_distance(native.logits, logits)

@@ -23,7 +23,7 @@ MIN_SCALE = 1e-5  # keeps the quotient finite in float16 for groups of zeros
 MAX_SCALE = 6.0e4  # below float16's largest value
 SEARCH_STEPS = 40
 SEARCH_REFITS = 2
-CHUNK = 1 << 22  # weights searched at once: bounds the scratch memory of the search
+CHUNK = 1 << 20  # weights handled at once: scratch memory stays small, and in the cache
 
 
 def store_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -71,13 +71,15 @@ def finish(
 
     weight [out, in]; scale and zero [out, groups] (or [1, 1]) as `store_scale` left them; value grouped or None.
     """
-    offset = float(1 << (spec.bits - 1)) if zero is None else zero
-    codes = round_codes(grouped(weight, spec.group_size), scale, offset, value, spec.bits)
+    groups = grouped(weight, spec.group_size)
+    codes = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    rows = max(1, CHUNK // groups[0].numel())
+    for begin in range(0, len(groups), rows):
+        part = slice(begin, begin + rows)
+        offset = float(1 << (spec.bits - 1)) if zero is None else zero[part]
+        codes[part] = round_codes(groups[part], scale[part], offset, None if value is None else value[part], spec.bits)
     return QuantizedTensor(
-        codes.to(torch.uint8).view(weight.shape),
-        scale.to(SCALE_DTYPE),
-        None if zero is None else zero.to(torch.uint8),
-        spec,
+        codes.view(weight.shape), scale.to(SCALE_DTYPE), None if zero is None else zero.to(torch.uint8), spec
     )
 
 
@@ -89,8 +91,9 @@ def start_point(
     weight [out, in]; importance [in], mean square of each input channel (None: all alike).
     """
     groups = grouped(weight, spec.group_size)
+    rows = max(1, CHUNK // groups[0].numel())
     if not search:
-        return _minmax_start(groups, spec)
+        return _joined([_minmax_start(part, spec) for part in groups.split(rows)])
     if importance is None:
         importance = torch.ones(weight.shape[1], device=weight.device)
     importance = importance.float().clamp(min=importance.float().mean() * 1e-4 + 1e-12)
@@ -98,10 +101,13 @@ def start_point(
         weights = importance.repeat(weight.shape[0]).view(1, 1, -1)
         return search_scale(groups, weights, spec)
     weights = grouped(importance.unsqueeze(0), spec.group_size)  # [1, groups, inputs per group]
-    rows = max(1, CHUNK // weight.shape[1])
-    parts = [search_scale(chunk, weights, spec) for chunk in groups.split(rows)]
-    scale = torch.cat([part[0] for part in parts])
-    return scale, None if spec.sym else torch.cat([part[1] for part in parts])
+    return _joined([search_scale(part, weights, spec) for part in groups.split(rows)])
+
+
+def _joined(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points of consecutive rows as one pair."""
+    scales, zeros = zip(*parts, strict=True)
+    return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
 
 
 def _minmax_start(groups: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,101 @@
+"""Memory and time of quantizing a checkpoint much larger than the memory it may use.
+
+Makes a random Llama of about 4 GiB in 8 shards (no model is ever built: shards are written tensor by tensor), runs
+round-to-nearest W4A16 on it in a fresh process, and prints that process's peak memory above the bare import of torch
+and transformers, and its time.
+
+    python benchmarks/streaming.py --folder DIR [--layers 40] [--shards 8] [--python PYTHON]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 2048, 5632, 32, 8192
+
+WORKER = """
+import json, resource, sys, time
+import torch, transformers
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+bare, began = peak(), time.perf_counter()
+from auto_round import AutoRound
+run = AutoRound(sys.argv[1], scheme="W4A16", iters=0, disable_opt_rtn=True, device_map="cpu", show_progress=False)
+_, folder = run.quantize_and_save(sys.argv[2])
+print(json.dumps({"bare_mb": bare, "peak_mb": peak(), "above_mb": peak() - bare,
+                  "seconds": time.perf_counter() - began, "times": run.report["times"],
+                  "checks": run.report["checks"], "kl": run.report["kl"], "sizes": run.report["sizes"]}))
+"""
+
+
+def config(layers: int) -> dict:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+
+
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+    for i in range(layers):
+        base = f"model.layers.{i}"
+        found |= {f"{base}.self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
+        found |= {f"{base}.mlp.{p}_proj.weight": (INTERMEDIATE, HIDDEN) for p in ("gate", "up")}
+        found[f"{base}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
+        found |= {f"{base}.{n}.weight": (HIDDEN,) for n in ("input_layernorm", "post_attention_layernorm")}
+    return {**found, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+
+
+def make(folder: Path, layers: int, shards: int) -> None:
+    """Write the random checkpoint; every shard in its turn, so this needs one shard of memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(shapes(layers).items())
+    generator = torch.Generator().manual_seed(0)
+    weight_map, size = {}, -(-len(names) // shards)
+    for index in range(shards):
+        file = f"model-{index + 1:05d}-of-{shards:05d}.safetensors"
+        tensors = {}
+        for name, shape in names[index * size : (index + 1) * size]:
+            ones = len(shape) == 1
+            value = torch.ones(shape) if ones else torch.randn(shape, generator=generator) * 0.02
+            tensors[name] = value.bfloat16()
+            weight_map[name] = file
+        save_file(tensors, folder / file, {"format": "pt"})
+    total = sum(torch.Size(shape).numel() * 2 for _, shape in names)
+    index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
+    (folder / "config.json").write_text(json.dumps(config(layers)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the result go")
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--shards", type=int, default=8)
+    parser.add_argument("--python", default=sys.executable)
+    arguments = parser.parse_args()
+    source = arguments.folder / f"random-llama-{arguments.layers}"
+    if not (source / "config.json").exists():
+        make(source, arguments.layers, arguments.shards)
+    command = [arguments.python, "-c", WORKER, str(source), str(arguments.folder / "out")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    print(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
