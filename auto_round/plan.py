@@ -19,6 +19,8 @@ from auto_round.schemes import QuantizationScheme, parse_scheme
 
 PACK = 32  # int32 words hold 32 codes of any width in `bits` words, so both dimensions must be multiples of this
 
+OUTSIDE = "(outside the blocks)"  # stands for a block's name where layers belong to none
+
 
 class PlanError(ValueError):
     """Rules that do not fit the model, or a plan that the format cannot hold."""
@@ -72,9 +74,18 @@ class ModelPlan:
     def block_names(self) -> tuple[str, ...]:
         return tuple(name for stack in self.blocks for name in stack)
 
-    def quantized(self, block: str | None = ...) -> dict[str, LayerPlan]:  # type: ignore[assignment]
-        """Layers that get quantized: all, or those of one block (None: those outside all blocks)."""
-        return {n: p for n, p in self.layers.items() if p.is_quantized and (block is ... or p.info.block == block)}
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Blocks in order, and `OUTSIDE`, as far as they hold layers to quantize."""
+        return tuple(part for part in (*self.block_names, OUTSIDE) if self.quantized(part))
+
+    def quantized(self, part: str | None = None) -> dict[str, LayerPlan]:
+        """Layers that get quantized: all, or those of one block (or `OUTSIDE`)."""
+        return {
+            name: plan
+            for name, plan in self.layers.items()
+            if plan.is_quantized and part in (None, plan.info.block or OUTSIDE)
+        }
 
     def kept(self) -> dict[str, LayerPlan]:
         return {n: p for n, p in self.layers.items() if not p.is_quantized}

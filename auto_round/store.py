@@ -26,7 +26,6 @@ from auto_round.formats.writer import write_json
 from auto_round.logger import logger
 from auto_round.plan import LayerPlan
 
-OUTSIDE = "(outside the blocks)"  # the store's name for quantized layers that belong to no block
 
 
 @dataclass

@@ -19,8 +19,8 @@ import torch
 from auto_round.algorithms.base import put_weights
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
 from auto_round.modeling.streaming import StreamedModel
-from auto_round.plan import ModelPlan
-from auto_round.store import OUTSIDE, Store
+from auto_round.plan import OUTSIDE, ModelPlan
+from auto_round.store import Store
 
 RELOAD_LIMIT = 512 << 20  # bytes of checkpoint up to which Transformers itself is made to load it
 RELOAD_TOLERANCE = 2e-2  # relative difference of logits; the dequantized weights are compared bit for bit
@@ -148,11 +148,11 @@ def layout_problem(artifact: Artifact) -> str | None:
 
 
 def codes_problem(
-    artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str], block: str
+    artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str], part: str
 ) -> str | None:
     """What a reader dequantizes of a block equals, bit for bit, what the tuning decided."""
-    layers = plan.quantized(None if block == OUTSIDE else block)
-    for name, tensor in store.load(block, layers).tensors.items() if layers else ():
+    layers = plan.quantized(part)
+    for name, tensor in store.load(part, layers).tensors.items():
         if artifact.quantization is None:
             read = artifact.checkpoint.read_one(f"{stems[name]}.weight")
             read = read.t() if layers[name].info.transposed else read
@@ -202,12 +202,12 @@ def artifact_logits(streamed: StreamedModel, plan: ModelPlan, store: Store, batc
     """Logits of the streamed model on the quantized weights, block by block (`codes_problem` says they are the file's)."""
     from auto_round.calibration.capture import no_cache
 
-    def put(block: str, module: torch.nn.Module, prefix: str) -> None:
-        layers = plan.quantized(None if block == OUTSIDE else block)
-        if layers:
-            put_weights(module, prefix, store.load(block, layers).tensors, layers)
+    def put(part: str, module: torch.nn.Module, prefix: str) -> None:
+        if part in plan.parts:
+            layers = plan.quantized(part)
+            put_weights(module, prefix, store.load(part, layers).tensors, layers)
 
-    outside = {name: streamed.model.get_submodule(name).weight.clone() for name in plan.quantized(None)}
+    outside = {name: streamed.model.get_submodule(name).weight.clone() for name in plan.quantized(OUTSIDE)}
     put(OUTSIDE, streamed.model, "")
     try:
         with streamed.streaming(lambda block, module: put(block, module, block)) as model, no_cache(model), amp():

@@ -36,11 +36,16 @@ class BlockTask:
 
     def weight_name(self, layer: str) -> str:
         """The layer's weight as the block knows it."""
-        return f"{layer[len(self.name) + 1 :]}.weight" if layer != self.name else "weight"
+        return f"{relative_name(layer, self.name)}.weight"
 
     def weight(self, layer: str) -> torch.Tensor:
         """[out, in], whatever the orientation in which the module stores it."""
         return oriented(self.module.get_parameter(self.weight_name(layer)), self.layers[layer])
+
+
+def relative_name(layer: str, block: str) -> str:
+    """A layer's name within a block (the whole model has the empty name)."""
+    return layer[len(block) + 1 :] if block else layer
 
 
 def oriented(weight: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
@@ -49,10 +54,11 @@ def oriented(weight: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
 
 
 @torch.no_grad()
-def put_weights(task_module: nn.Module, block: str, tensors: Mapping[str, QuantizedTensor], layers) -> None:
+def put_weights(
+    module: nn.Module, block: str, tensors: Mapping[str, QuantizedTensor], layers: Mapping[str, LayerPlan]
+) -> None:
     """Write the dequantized weights into a block, in the dtype it computes in."""
     for name, tensor in tensors.items():
-        relative = name[len(block) + 1 :] if name != block else ""
-        parameter = task_module.get_parameter(f"{relative}.weight" if relative else "weight")
+        parameter = module.get_parameter(f"{relative_name(name, block)}.weight")
         value = tensor.dequantize().to(parameter.dtype)
         parameter.copy_(oriented(value, layers[name]))

@@ -6,10 +6,12 @@ calibration has not seen. Nothing is downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,8 @@ def run(arguments: list[str]) -> int:
     if not options.debug:
         logger.setLevel(logging.WARNING)  # one line a row is enough here
     began, imported = time.monotonic(), peak_memory_mb()
-    rows = measure(Path(options.output_dir), options)
+    with _one_thread():
+        rows = measure(Path(options.output_dir), options)
     names = ("model", "perplexity", "KL divergence", "same top token", "weights", "seconds to quantize")
     print_table("Demo", names, map(_cells, rows), right=range(1, len(names)))
     print_table(f'What they write after "{PROMPT}"', ("model", "text"), ((row.name, row.text) for row in rows))
@@ -72,6 +75,19 @@ def run(arguments: list[str]) -> int:
     for row in rows[1:]:
         out.print(f"  {row.folder}", markup=False, soft_wrap=True)
     return _verdict(rows)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Products of matrices this small gain little from a second thread, and lose much where cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _parse(arguments: list[str]) -> Any:

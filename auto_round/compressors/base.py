@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from auto_round.algorithms import algorithm
-from auto_round.algorithms.base import BlockTask, put_weights
+from auto_round.algorithms.base import BlockTask, put_weights, relative_name
 from auto_round.calibration.capture import (
     Captured,
     NativeRun,
@@ -29,12 +29,12 @@ from auto_round.formats import make_format
 from auto_round.logger import logger
 from auto_round.modeling.fused_moe.replace_modules import apply_replacements
 from auto_round.modeling.streaming import StreamedModel
-from auto_round.plan import LayerPlan, ModelPlan, make_plan
+from auto_round.plan import OUTSIDE, LayerPlan, ModelPlan, make_plan
 from auto_round.progress import RunProgress
 from auto_round.schemes import QuantizationScheme
 from auto_round.settings import CalibSettings, TuneSettings, describe
 from auto_round.special_model_handler import _handle_special_model
-from auto_round.store import OUTSIDE, BlockResult, Store
+from auto_round.store import BlockResult, Store
 from auto_round.utils.device import peak_memory_mb
 from auto_round.utils.model import find_layers, get_block_names, get_lm_head_name, select_blocks
 from auto_round.wrapper import attach_qparams
@@ -321,7 +321,7 @@ class Compressor:
 
     def _quantize_outside(self, store: Store) -> None:
         """Layers outside the blocks (an lm_head): rounded to nearest with searched scales."""
-        layers = self.plan.quantized(None)
+        layers = self.plan.quantized(OUTSIDE)
         if not layers or store.has(OUTSIDE):
             return
         task = BlockTask(name="", module=self.model, layers=layers, settings=self.tune, seed=self.tune.seed)
@@ -340,8 +340,9 @@ class Compressor:
             "algorithm": self.algorithm_name,
             "settings": {**describe(self.tune), "iters": self.tune.iters, "seed": self.tune.seed},
             "data": self.data.sha256 if self.data is not None and self.tune.needs_data else None,
-            "layers": {name: [*plan.scheme.to_dict().values()] for name, plan in self.plan.quantized().items()},
-            "blocks": list(self.plan.block_names),
+            "scheme": self.scheme.to_dict(),
+            "layers": {name: plan.scheme.to_dict() for name, plan in self.plan.quantized().items()},
+            "blocks": [list(stack) for stack in self.plan.blocks],
             "device": self.device.type,
             "torch": version("torch"),
             "transformers": version("transformers"),
@@ -374,13 +375,12 @@ class Compressor:
 
     def put_quantized(self, store: Store) -> None:
         """Load the whole model with its quantized weights, dequantized, in place."""
-        for block in (*self.plan.block_names, OUTSIDE):
-            layers = self.plan.quantized(None if block == OUTSIDE else block)
-            if not layers:
-                continue
-            module = self.model if block == OUTSIDE else self.streamed.load(block)
-            tensors = store.load(block, layers).tensors
-            put_weights(module, "" if block == OUTSIDE else block, tensors, layers)
+        for part in self.plan.parts:
+            layers = self.plan.quantized(part)
+            inside = part != OUTSIDE
+            module = self.streamed.load(part) if inside else self.model
+            tensors = store.load(part, layers).tensors
+            put_weights(module, part if inside else "", tensors, layers)
             attach_qparams(self.model, tensors, layers)
 
     def save_quantized(
@@ -444,8 +444,7 @@ def _outcome(result: BlockResult, layers: Mapping[str, LayerPlan], recovered: bo
 
 def _check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> None:
     for name in layers:
-        relative = name[len(block) + 1 :]
-        if not torch.isfinite(module.get_submodule(relative).weight).all():
+        if not torch.isfinite(module.get_submodule(relative_name(name, block)).weight).all():
             raise ValueError(
                 f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download it again, "
                 f"or keep the layer with ignore_layers={name!r}"

@@ -19,7 +19,7 @@ from auto_round.formats.base import ExportFormat
 from auto_round.formats.writer import CheckpointWriter, copy_side_files, write_config
 from auto_round.modeling.streaming import StreamedModel, TensorShape
 from auto_round.plan import ModelPlan
-from auto_round.store import OUTSIDE, Store
+from auto_round.store import Store
 
 LARGE = 1_000_000  # elements above which a tensor left in high precision is listed with its reason
 
@@ -123,13 +123,10 @@ def write_folder(
     with CheckpointWriter(folder, specs, max_shard_size or "5GB") as writer:
         for name in ledger.of("kept"):
             writer.write(name, streamed.read_source(name))
-        for block in (*plan.block_names, OUTSIDE):
-            wanted = plan.quantized(None if block == OUTSIDE else block)
-            if not wanted:
-                continue
-            for name, tensor in store.load(block, wanted).tensors.items():
-                for suffix, part in fmt.pack(tensor, plan.layers[name].info).items():
-                    writer.write(f"{stem_of(streamed, name)}.{suffix}", part)
+        for part in plan.parts:
+            for name, tensor in store.load(part, plan.quantized(part)).tensors.items():
+                for suffix, packed in fmt.pack(tensor, plan.layers[name].info).items():
+                    writer.write(f"{stem_of(streamed, name)}.{suffix}", packed)
     _write_side_files(folder, streamed, source_dir, tokenizer)
     write_config(_source_config(streamed, source_dir), fmt.config(settings), folder)
     return ledger
