@@ -15,7 +15,8 @@ class SettingsError(ValueError):
 class TuneSettings:
     """How rounding is tuned (SignRound, arXiv 2309.05516).
 
-    iters: steps per block; 0 rounds to nearest. lr: step of the rounding offsets, None for 1/iters; it falls linearly
+    iters: steps per block; 0 rounds to nearest. batch_size, gradient_accumulate_steps: their product is the number of
+    samples that a step's direction rests on; `samples_per_step` of them are new, momentum carries the others over. lr: step of the rounding offsets, None for 1/iters; it falls linearly
     to 0. minmax_lr: step of the clipping factors, None for lr. search: start from (or, at iters=0, use) scales that
     minimise the importance-weighted error instead of min/max scales.
     """
@@ -23,7 +24,7 @@ class TuneSettings:
     iters: int = 200
     lr: float | None = None
     minmax_lr: float | None = None
-    momentum: float = 0.0
+    momentum: float = 0.5
     batch_size: int = 8
     gradient_accumulate_steps: int = 1
     enable_minmax_tuning: bool = True
@@ -39,10 +40,21 @@ class TuneSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise SettingsError(f"{name}={value!r} must be a whole number of at least {low}")
+        if not 0 <= self.momentum < 1:
+            raise SettingsError(f"momentum={self.momentum!r} must be at least 0 and below 1")
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 10:
                 raise SettingsError(f"{name}={value!r} must be a small positive number, such as 0.005")
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples drawn for one step: half a batch, as with momentum the other half is the step's before.
+
+        Measured on a trained model: KL divergence at 4 bits is that of whole batches, at 2 bits lower, at 0.55 of
+        the time (see benchmarks/README.md).
+        """
+        return max(1, self.batch_size * self.gradient_accumulate_steps // 2)
 
     @property
     def rounding_lr(self) -> float:

@@ -38,7 +38,7 @@ def test_tuning_lowers_the_loss_of_every_block(tiny_dir, tmp_path):
         {"group_size": 0},
         {"bits": 3, "enable_minmax_tuning": False},
         {"enable_quanted_input": False},
-        {"momentum": 0.9},
+        {"momentum": 0.0},
         {"gradient_accumulate_steps": 2, "batch_size": 2},
         {"bits": 8, "sym": False},
         {"bits": 5},

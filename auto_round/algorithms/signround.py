@@ -54,6 +54,11 @@ def _checkpoints(iters: int) -> set[int]:
     return {iters, max(1, iters * 9 // 10)}
 
 
+def _gradient(leaf: torch.Tensor) -> torch.Tensor:
+    """A leaf's gradient; zero for a layer that the batch never reached (an expert without tokens)."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
 class _Tuner:
     """The parameters under tuning of one block, and the block's loss."""
 
@@ -78,7 +83,7 @@ class _Tuner:
     def batches(self) -> Iterator[list[int]]:
         """Endless batches: shuffled passes over the samples, the remainder of a pass dropped."""
         count = len(self.io.lengths)
-        size = min(self.task.settings.batch_size * self.task.settings.gradient_accumulate_steps, count)
+        size = min(self.task.settings.samples_per_step, count)
         while True:
             order = self.random.sample(range(count), count)
             for begin in range(0, count - size + 1, size):
@@ -90,7 +95,7 @@ class _Tuner:
         quantized = {name: t.fake_quantize(dtype[name]) for name, t in self.tunables.items()}
         leaves = {name: weight.detach().requires_grad_() for name, weight in quantized.items()}
         loss = self._loss(indices, leaves, backward=True)
-        torch.autograd.backward(list(quantized.values()), [leaf.grad for leaf in leaves.values()])
+        torch.autograd.backward(list(quantized.values()), [_gradient(leaf) for leaf in leaves.values()])
         self._descend(decay)
         return loss
 
@@ -124,7 +129,7 @@ class _Tuner:
                 if settings.momentum:
                     kept = self.momentum.setdefault(id(parameter), torch.zeros_like(parameter))
                     gradient = kept.mul_(settings.momentum).add_(gradient)
-                parameter.sub_(gradient.sign_() if not settings.momentum else gradient.sign(), alpha=rates[kind])
+                parameter.sub_(gradient.sign(), alpha=rates[kind])
                 parameter.grad = None
 
     @torch.no_grad()

@@ -139,7 +139,7 @@ def _add_tuning(parser: Parser) -> None:
     group.add_argument("--gradient_accumulate_steps", type=whole_number, metavar="N", help="batches per step (1)")
     group.add_argument("--lr", type=float, metavar="X", help="step of the rounding (1/iters)")
     group.add_argument("--minmax_lr", type=float, metavar="X", help="step of the clipping (lr)")
-    group.add_argument("--momentum", type=float, metavar="X", help="of the steps (0)")
+    group.add_argument("--momentum", type=float, metavar="X", help="carries a step's direction over to the next (0.5)")
     group.add_argument(
         "--algorithm",
         "--algorithms",
