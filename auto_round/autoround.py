@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,9 @@ class AutoRound:
         streamed, tokenizer, source = _open_model(model, tokenizer, trust, kwargs.pop("model_dtype", None), device)
         if tokenizer is None and tune.needs_data and _needs_tokenizer(dataset):
             raise SettingsError(
-                "a tokenizer is needed to calibrate on text: pass tokenizer=…, give dataset= as token ids, "
-                "or round to nearest without data (iters=0, disable_opt_rtn=True)"
+                f"{model if source else 'the model'} has no tokenizer, which calibrating on text needs: put its files "
+                "into the folder, pass tokenizer=…, give dataset= as token ids, or round to nearest without data "
+                "(iters=0, disable_opt_rtn=True; auto-round-rtn)"
             )
         compressor = Compressor(
             streamed,
@@ -129,6 +131,7 @@ class AutoRound:
             algorithm_name=algorithm or kwargs.get("alg_configs"),
             show_progress=kwargs.get("show_progress", True),
             trust_remote_code=trust,
+            name=_short_name(model),
         )
         compressor.default_format = kwargs.get("format") or "auto_round"
         return compressor
@@ -140,7 +143,8 @@ def AutoRoundLLM(*args: Any, **kwargs: Any) -> Compressor:
 
 
 def _check_known(kwargs: Mapping[str, Any]) -> None:
-    known = (*FIELD_NAMES, *_TUNE, *_OWN)
+    named = inspect.signature(AutoRound.__new__).parameters.keys() - {"cls", "kwargs"}
+    known = (*FIELD_NAMES, *_TUNE, *_OWN, *named)
     for name in kwargs:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -168,6 +172,14 @@ def _open_model(
     directory = resolve_model_dir(str(model), trust_remote_code)
     streamed = load_streamed(directory, trust_remote_code, _dtype(dtype), device)
     return streamed, tokenizer or load_tokenizer(directory, trust_remote_code), directory
+
+
+def _short_name(model: Any) -> str:
+    """What output folders are called after: the last part of the folder or hub id, or the model's class."""
+    if isinstance(model, nn.Module):
+        path = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+        return Path(path).name or type(model).__name__.lower()
+    return Path(str(model)).expanduser().resolve().name
 
 
 _DTYPES = {

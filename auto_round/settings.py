@@ -15,10 +15,12 @@ class SettingsError(ValueError):
 class TuneSettings:
     """How rounding is tuned (SignRound, arXiv 2309.05516).
 
-    iters: steps per block; 0 rounds to nearest. batch_size, gradient_accumulate_steps: their product is the number of
-    samples that a step's direction rests on; `samples_per_step` of them are new, momentum carries the others over. lr: step of the rounding offsets, None for 1/iters; it falls linearly
-    to 0. minmax_lr: step of the clipping factors, None for lr. search: start from (or, at iters=0, use) scales that
-    minimise the importance-weighted error instead of min/max scales.
+    iters: steps per block; 0 rounds to nearest.
+    batch_size, gradient_accumulate_steps: their product is the number of samples that a step's direction rests on;
+        `samples_per_step` of them are new, momentum carries the others over.
+    lr: step of the rounding offsets, None for 1/iters; it falls linearly to 0.
+    minmax_lr: step of the clipping factors, None for lr.
+    search: start from (or, at iters=0, use) scales that minimise the importance-weighted error instead of min/max.
     """
 
     iters: int = 200

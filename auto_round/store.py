@@ -27,7 +27,6 @@ from auto_round.logger import logger
 from auto_round.plan import LayerPlan
 
 
-
 @dataclass
 class BlockResult:
     """A block's codes and how they were found. losses: (iteration, mean square error of the output) of the tuning."""

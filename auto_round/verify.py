@@ -1,7 +1,7 @@
 """Checks of a written folder, by a reader that shares no code with the one that wrote it.
 
-Codes are unpacked with NumPy from the description of the layout, tensors are compared with the store and the source, and the
-model is run on the quantized weights.
+Codes are unpacked with NumPy from the description of the layout, tensors are compared with the store and the source,
+and the model is run on the quantized weights.
 """
 
 from __future__ import annotations
@@ -147,9 +147,7 @@ def layout_problem(artifact: Artifact) -> str | None:
     return None
 
 
-def codes_problem(
-    artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str], part: str
-) -> str | None:
+def codes_problem(artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str], part: str) -> str | None:
     """What a reader dequantizes of a block equals, bit for bit, what the tuning decided."""
     layers = plan.quantized(part)
     for name, tensor in store.load(part, layers).tensors.items():
@@ -199,7 +197,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 
 @torch.no_grad()
 def artifact_logits(streamed: StreamedModel, plan: ModelPlan, store: Store, batch, amp) -> torch.Tensor:
-    """Logits of the streamed model on the quantized weights, block by block (`codes_problem` says they are the file's)."""
+    """Logits of the streamed model on the quantized weights, block by block; `codes_problem` ties them to the file."""
     from auto_round.calibration.capture import no_cache
 
     def put(part: str, module: torch.nn.Module, prefix: str) -> None:

@@ -10,9 +10,7 @@ from auto_round.data_type.base import QuantizedTensor
 from auto_round.plan import LayerPlan
 
 
-def attach_qparams(
-    model: nn.Module, tensors: Mapping[str, QuantizedTensor], layers: Mapping[str, LayerPlan]
-) -> None:
+def attach_qparams(model: nn.Module, tensors: Mapping[str, QuantizedTensor], layers: Mapping[str, LayerPlan]) -> None:
     """Set `scale`, `zp` and the scheme's fields on quantized layers; the only place that stamps modules.
 
     `scale` is [out, groups]; `zp` is the zero point, a number for symmetric schemes.

@@ -409,7 +409,18 @@ IDS = torch.arange(24).view(4, 6)
         loader(torch.utils.data.TensorDataset(IDS, IDS), batch_size=2),
         loader([{"input_ids": row} for row in IDS], batch_size=2),
     ],
-    ids=str,
+    ids=[
+        "lists",
+        "tensor",
+        "rows",
+        "batches of one",
+        "array",
+        "dict",
+        "dicts",
+        "loader",
+        "tuple loader",
+        "dict loader",
+    ],
 )
 def test_given_samples_are_taken_as_they_are(dataset):
     data = build(dataset)

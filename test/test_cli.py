@@ -292,7 +292,7 @@ def test_empty_data(capsys, tiny_dir, tmp_path, out):
 
 def test_missing_tokenizer(capsys, tmp_path, out):
     folder = save_tiny(tiny_llama(), tmp_path / "untold", tokenizer=False)
-    assert "tokenizer is needed" in fails(capsys, 2, folder, *TUNE, "--output_dir", out)
+    assert "has no tokenizer" in fails(capsys, 2, folder, *TUNE, "--output_dir", out)
     assert nothing_written(out)
     assert main([str(folder), *ROUND, "--output_dir", str(out)]) == 0  # plain rounding reads no text
 

@@ -7,7 +7,9 @@ NAMES = [f"layers.{i}.{p}" for i in (0, 1, 10) for p in ("q_proj", "down_proj")]
 
 
 def layers(**changes):
-    return [LayerInfo(n, 64, 128, n.rsplit(".", 1)[0], **changes) for n in NAMES] + [LayerInfo("lm_head", 320, 64, None)]
+    return [LayerInfo(n, 64, 128, n.rsplit(".", 1)[0], **changes) for n in NAMES] + [
+        LayerInfo("lm_head", 320, 64, None)
+    ]
 
 
 def plan(scheme="W4A16G32", infos=None, **rules):

@@ -28,9 +28,7 @@ AutoRound({model!r}, scheme="W2A16G32", dataset=token_ids(8), nsamples=8, seqlen
 
 def run(model, out, **changes):
     arguments = {"dataset": token_ids(8), "nsamples": 8, "seqlen": 32, "batch_size": 4, "iters": 8}
-    made = AutoRound(
-        str(model), scheme="W2A16G32", device_map="cpu", show_progress=False, **{**arguments, **changes}
-    )
+    made = AutoRound(str(model), scheme="W2A16G32", device_map="cpu", show_progress=False, **{**arguments, **changes})
     return made, made.quantize_and_save(out)[1]
 
 

@@ -33,7 +33,7 @@ def test_blocks_can_be_chosen():
     assert select_blocks(stacks, "layers.1") == [["layers.1"]]
     assert select_blocks(stacks, [["layers.0"]]) == [["layers.0"]]
     assert select_blocks(stacks, ["layers.0", "layers.10"]) == [["layers.0"], ["layers.10"]]
-    with pytest.raises(PlanError, match="layers.7"):
+    with pytest.raises(PlanError, match=r"layers\.7"):
         select_blocks(stacks, "layers.7")
 
 

@@ -235,7 +235,7 @@ def _leaf(call: RecordedCall, index: int, dims: list[int | None]) -> Any:
 def _batch_dims(
     streamed: StreamedModel, native: NativeRun, samples: Sequence[Batch], amp
 ) -> dict[str, list[int | None]]:
-    """Which dimension of each tensor argument grows with the batch, seen by calling the model with one and two samples."""
+    """Which dimension of each tensor argument grows with the batch, seen by calling the model with one and two."""
     one = record_calls(streamed, native, samples[0], amp)
     doubled = {key: torch.cat([value, value]) for key, value in samples[0].items()}
     two = record_calls(streamed, native, doubled, amp)

@@ -75,12 +75,13 @@ class Compressor:
         activation_budget: int = ACTIVATION_BUDGET,
         show_progress: bool = True,
         trust_remote_code: bool = False,
+        name: str = "model",
     ):
         self.streamed, self.tokenizer, self.source_dir = streamed, tokenizer, source_dir
         self.scheme, self.tune, self.calibration = scheme, tune, calib
         self.algorithm_name = algorithm_name or ("signround" if tune.iters else "rtn")
         self.activation_budget, self.show_progress = activation_budget, show_progress
-        self.trust_remote_code = trust_remote_code
+        self.trust_remote_code, self.name = trust_remote_code, name
         self.default_format = "auto_round"
         self.report: dict[str, Any] = {}
         self.block_log: list[dict[str, Any]] = []
@@ -135,14 +136,6 @@ class Compressor:
             for name, plan in self.plan.layers.items()
             if plan.info.block is not None or plan.is_quantized
         }
-
-    @property
-    def name(self) -> str:
-        """The model's short name, for folders."""
-        if self.source_dir is not None:
-            return self.source_dir.resolve().name
-        path = getattr(getattr(self.model, "config", None), "_name_or_path", "") or ""
-        return Path(path).name or type(self.model).__name__.lower()
 
     def amp(self):
         """The context in which blocks run: half-precision matrix products for models stored wider."""
@@ -202,7 +195,9 @@ class Compressor:
             with self.streamed.loaded(block) as module:
                 for name, parameter in module.named_parameters():
                     if not torch.isfinite(parameter).all():
-                        return f"{block}.{name} holds NaN or Inf; the checkpoint is damaged"
+                        return (
+                            f"{block}.{name} holds NaN or Inf; the checkpoint is damaged, download or convert it again"
+                        )
         return "its weights are finite, so its forward overflows in this dtype; try another model_dtype"
 
     def calib(self, nsamples: int | None = None, bs: int | None = None) -> None:
@@ -391,7 +386,7 @@ class Compressor:
         return_folders: bool = False,
         max_shard_size: int | str | None = None,
     ) -> Any:
-        """Write the model after `quantize()`, straight into `output_dir`; the model, or (model, folder), is returned."""
+        """Write the model after `quantize()`, straight into `output_dir`; returns the model, or (model, folder)."""
         from auto_round.compressors.saving import save
 
         if self._store is None:
@@ -420,10 +415,8 @@ class Compressor:
         formats = [make_format(name, self.plan) for name in (format or self.default_format).split(",")]
         base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme)
         prepare_output(base)
-        began = time.monotonic()
         store = self.run(base.with_name(base.name + ".work"))
         finals = [base if len(formats) == 1 else base / fmt.name.replace(":", "-").replace("_", "-") for fmt in formats]
-        self.times["quantize"] = time.monotonic() - began
         folders = [
             str(save(self, store, fmt, final, max_shard_size)) for fmt, final in zip(formats, finals, strict=True)
         ]
@@ -446,7 +439,7 @@ def _check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]
     for name in layers:
         if not torch.isfinite(module.get_submodule(relative_name(name, block)).weight).all():
             raise ValueError(
-                f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download it again, "
+                f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download or convert it again, "
                 f"or keep the layer with ignore_layers={name!r}"
             )
 

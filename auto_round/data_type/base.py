@@ -50,7 +50,7 @@ class QuantizedTensor:
         return (groups * self.scale.float().unsqueeze(-1)).view(rows, columns).to(dtype)
 
     def per_row(self) -> QuantizedTensor:
-        """The same values with a scale for every output row: what file formats can hold when there is one per tensor."""
+        """The same values with a scale for every output row, which file formats can hold."""
         rows = self.codes.shape[0]
         if self.scale.shape[0] == rows:
             return self

@@ -123,7 +123,9 @@ def _shards(directory: Path) -> list[Path]:
         files = sorted({_inside(directory, name, index) for name in weight_map.values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise CheckpointError(f"{directory}: shard {missing[0]} named by {index.name} is missing: download it again")
+            raise CheckpointError(
+                f"{directory}: shard {missing[0]} named by {index.name} is missing: download it again"
+            )
         return files
     files = sorted(directory.glob("*.safetensors"))
     if files:
@@ -131,8 +133,8 @@ def _shards(directory: Path) -> list[Path]:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
     if pickled:
         raise CheckpointError(
-            f"{directory} holds pickled weights only ({pickled[0]}): loading them could run code, so convert them first, "
-            "e.g. AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) for a model that you trust"
+            f"{directory} holds pickled weights only ({pickled[0]}), which could run code when loaded: "
+            "convert them first, e.g. AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) for a model that you trust"
         )
     raise CheckpointError(f"{directory} holds no *.safetensors weights")
 

@@ -61,7 +61,8 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "an unknown method")
         raise CheckpointError(
-            f"{directory} is quantized already ({method}): quantizing it again would lose quality twice; give the original"
+            f"{directory} is quantized already ({method}), and quantizing it again would lose quality twice: "
+            "give the original"
         )
     if "auto_map" in raw and not trust_remote_code:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -217,9 +218,10 @@ def _check_coverage(model: nn.Module, blocks: list[str], layers: list[LayerInfo]
                 largest = max(largest, (parameter.numel(), name))
     if total and missed > (1 - MIN_COVERAGE) * total:
         raise PlanError(
-            f"only {100 * (total - missed) / total:.0f} % of the block weights of {type(model).__name__} are in layers "
-            f"that can be quantized; the largest other is {largest[1]} ({largest[0] / 1e6:.1f} M elements): register an "
-            "unfuser for its module in auto_round/modeling/fused_moe/, or its layer type in auto_round/utils/common.py"
+            f"only {100 * (total - missed) / total:.0f} % of the block weights of {type(model).__name__} are in "
+            f"layers that can be quantized; the largest other is {largest[1]} ({largest[0] / 1e6:.1f} M elements): "
+            "register an unfuser for its module in auto_round/modeling/fused_moe/, or its layer type in "
+            "auto_round/utils/common.py"
         )
 
 
