@@ -134,7 +134,8 @@ def _shards(directory: Path) -> list[Path]:
     if pickled:
         raise CheckpointError(
             f"{directory} holds pickled weights only ({pickled[0]}), which could run code when loaded: "
-            "convert them first, e.g. AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW) for a model that you trust"
+            "convert them first, for a model that you trust with "
+            "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
         )
     raise CheckpointError(f"{directory} holds no *.safetensors weights")
 
