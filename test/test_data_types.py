@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.data_type.base import QuantizedTensor
+from auto_round.data_type.base import QuantizedTensor, grouped
 from auto_round.data_type.int import Tunable, finish, start_point
 from auto_round.schemes import TensorSpec
 
@@ -67,10 +67,12 @@ def test_what_the_loss_sees_is_what_is_stored(spec, seed, offset):
 @given(spec=specs, seed=st.integers(0, 1000))
 def test_searched_scales_are_never_worse(spec, seed):
     w, importance = weight(seed), torch.rand(64, generator=torch.Generator().manual_seed(seed)) + 0.1
+    groups = grouped(w.float(), spec.group_size)
+    favour = (groups.square().mean(-1, keepdim=True) + groups.square()).sqrt().view(w.shape)
     errors = []
     for search in (False, True):
         tensor = finish(w, *start_point(w, spec, importance, search), None, spec)
-        errors.append(((tensor.dequantize() - w.float()).square() * importance).sum().item())
+        errors.append(((tensor.dequantize() - w.float()).square() * importance * favour).sum().item())
     assert errors[1] <= errors[0] * (1 + 1e-6)
 
 

@@ -8,7 +8,7 @@ from tiny import token_ids
 from transformers import AutoModelForCausalLM
 
 from auto_round import AutoRound
-from auto_round.compressors.saving import export_work
+from auto_round.compressors.again import export_work
 from auto_round.store import StoreError
 from auto_round.verify import file_hashes
 

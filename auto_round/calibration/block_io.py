@@ -57,6 +57,14 @@ class Activations:
         os.preadv(self._file, [view], offset)
         return buffer
 
+    def shape(self, index: int) -> torch.Size:
+        return self._tensors[index].shape if self._file is None else self._layout[index][1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all samples."""
+        return sum(self.get(index).nbytes for index in range(len(self)))
+
     def batch(self, indices: Sequence[int], dim: int, device: torch.device) -> torch.Tensor:
         """Samples joined along their batch dimension, on `device`."""
         tensors = [self.get(index) for index in indices]
@@ -68,6 +76,21 @@ class Activations:
             os.close(self._file)
             self._file = None
             self._path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where activations are kept: on the accelerator, in memory up to `budget` bytes, else in a file of `folder`."""
+
+    device: torch.device
+    budget: int
+    folder: Path
+
+    def new(self, name: str, count: int, nbytes: int) -> Activations:
+        """Room for `count` samples of `nbytes` in all."""
+        if self.device.type != "cpu" or nbytes <= self.budget:
+            return Activations(count, self.device)
+        return Activations(count, self.device, self.folder / f"{name}.activations")
 
 
 @dataclass(frozen=True)

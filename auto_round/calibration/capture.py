@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from auto_round.calibration.block_io import BlockCall, Hidden, Shared, first_tensor
+from auto_round.calibration.block_io import Activations, BlockCall, Hidden, Placement, Shared, first_tensor
 from auto_round.modeling.streaming import StreamedModel
 
 REPLAY_TOKENS = 64  # of the check batch's first sample, kept of each block's output
@@ -201,28 +201,42 @@ class Captured:
     """Arguments of every block for all samples, and what enters the first one."""
 
     calls: dict[str, BlockCall]
-    first_hidden: list[torch.Tensor]
+    first_hidden: Activations
     hidden_dim: int
 
 
-def capture(streamed: StreamedModel, native: NativeRun, samples: Sequence[Batch], amp, progress=None) -> Captured:
+def capture(
+    streamed: StreamedModel, native: NativeRun, samples: Sequence[Batch], amp, placement: Placement
+) -> Captured:
     """Record every sample on its own, then join them: equal values are stored once."""
     calls: dict[str, BlockCall] = {}
-    hidden: list[torch.Tensor] = []
+    hidden: Activations | None = None
     dims = _batch_dims(streamed, native, samples, amp)
     first = next(iter(native.calls))
-    for sample in samples:
+    for index, sample in enumerate(samples):
         recorded = record_calls(streamed, native, sample, amp)
-        hidden.append(recorded[first].leaves[recorded[first].hidden].detach().cpu())
+        entering = recorded[first].leaves[recorded[first].hidden].detach()
+        if hidden is None:
+            hidden = placement.new("clean", len(samples), len(samples) * entering.nbytes)
+        hidden.put(index, entering)
         for name, call in recorded.items():
             if name not in calls:
                 calls[name] = BlockCall(call.tree, [_leaf(call, i, dims[name]) for i in range(len(call.leaves))])
-            for known, leaf in zip(calls[name].leaves, call.leaves, strict=True):
-                if isinstance(known, Shared):
-                    known.add(leaf.detach().cpu())
-        if progress is not None:
-            progress()
+            _add_sample(calls[name], call, name)
     return Captured(calls, hidden, dims[first][native.calls[first].hidden] or 0)
+
+
+def _add_sample(known: BlockCall, call: RecordedCall, name: str) -> None:
+    for position, (slot, leaf) in enumerate(zip(known.leaves, call.leaves, strict=True)):
+        if isinstance(slot, Hidden):
+            continue
+        if isinstance(slot, Shared) != isinstance(leaf, torch.Tensor):
+            raise ReplayError(
+                f"{name}: argument {argument_name(call, position)} is a tensor for some samples and not for others: "
+                "give all samples the same keys and length"
+            )
+        if isinstance(slot, Shared):
+            slot.add(leaf.detach().cpu())
 
 
 def _leaf(call: RecordedCall, index: int, dims: list[int | None]) -> Any:

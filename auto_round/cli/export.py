@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
     work = find_work(Path(options.work))
 
     from auto_round.cli.summary import print_pairs
-    from auto_round.compressors.saving import export_work
+    from auto_round.compressors.again import export_work
 
     folder = export_work(work, options.format, options.output_dir, model=options.model)
     print_pairs("Exported", [("format", options.format), ("files", str(folder))])

@@ -15,6 +15,7 @@ from torch import nn
 
 from auto_round.algorithms import algorithm
 from auto_round.algorithms.base import BlockTask, put_weights, relative_name
+from auto_round.calibration.block_io import Placement, first_tensor
 from auto_round.calibration.capture import (
     Captured,
     NativeRun,
@@ -25,6 +26,7 @@ from auto_round.calibration.capture import (
     run_native,
 )
 from auto_round.compressors.chain import Chain, importance_of
+from auto_round.compressors.saving import folder_name, prepare_output, save
 from auto_round.formats import make_format
 from auto_round.logger import logger
 from auto_round.modeling.fused_moe.replace_modules import apply_replacements
@@ -45,7 +47,7 @@ CHECK_LOGIT_BYTES = 128 << 20
 """Bounds of the check batch: tokens, and bytes of its logits (a vocabulary can be large)."""
 
 
-ACTIVATION_BUDGET = 32 << 20
+ACTIVATION_BUDGET = 16 << 20
 """Bytes of activations per chain kept in memory on a CPU; more go to a file, which the page cache holds as it can."""
 
 
@@ -215,7 +217,9 @@ class Compressor:
         native = self.observe_original()
         replay = record_calls(self.streamed, native, native.batch, self.amp)
         check_arguments(native, replay, self.model)
-        self._captured = capture(self.streamed, native, self.data.samples, self.amp)
+        if self._store is None:
+            self._open_store(None)
+        self._captured = capture(self.streamed, native, self.data.samples, self.amp, self._placement())
         self._replay = replay
         self.times["calibrate"] = time.monotonic() - began
 
@@ -224,7 +228,7 @@ class Compressor:
     def _quantize_blocks(self) -> None:
         """Quantize every block in order into the store, continuing where an earlier run stopped."""
         store = self._store or self._open_store(None)
-        chain = self._chain(store) if self._captured is not None else None
+        chain = self._chain() if self._captured is not None else None
         began = time.monotonic()
         resumed = sum(store.has(block) for block in self.plan.block_names)
         if resumed:
@@ -239,18 +243,16 @@ class Compressor:
                 chain.close()
         self.times["tune"] = time.monotonic() - began
 
-    def _chain(self, store: Store) -> Chain:
-        def place(name: str, nbytes: int) -> torch.device | Path:
-            if self.device.type != "cpu":
-                return self.device
-            return torch.device("cpu") if nbytes <= self.activation_budget else store.scratch(f"{name}.activations")
-
+    def _chain(self) -> Chain:
         masks = [sample.get("attention_mask") for sample in self.data.samples]
         masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
         self._check_hidden = self._replay[self.plan.block_names[0]].leaves[
             self._replay[self.plan.block_names[0]].hidden
         ]
-        return Chain(self._captured, masks, self.device, self.amp, place)
+        return Chain(self._captured, masks, self.device, self.amp, self._placement())
+
+    def _placement(self) -> Placement:
+        return Placement(self.device, self.activation_budget, self._store.folder)
 
     def _quantize_block(self, number: int, block: str, chain: Chain | None, store: Store, progress) -> None:
         layers = self.plan.quantized(block)
@@ -293,8 +295,6 @@ class Compressor:
         leaves = list(call.leaves)
         leaves[call.hidden] = self._check_hidden
         args, kwargs = torch.utils._pytree.tree_unflatten(leaves, call.tree)
-        from auto_round.calibration.block_io import first_tensor
-
         with torch.no_grad(), self.amp():
             self._check_hidden = first_tensor(module(*args, **kwargs))
         check_output(self.native, block, self._check_hidden)
@@ -387,8 +387,6 @@ class Compressor:
         max_shard_size: int | str | None = None,
     ) -> Any:
         """Write the model after `quantize()`, straight into `output_dir`; returns the model, or (model, folder)."""
-        from auto_round.compressors.saving import save
-
         if self._store is None:
             raise RuntimeError("save_quantized() writes what quantize() found: call quantize() first")
         fmt = make_format(format or self.default_format, self.plan)
@@ -410,8 +408,6 @@ class Compressor:
             (model, folder), or a list of folders for several formats. A model streamed from a folder comes back
             without its weights; load the written one.
         """
-        from auto_round.compressors.saving import folder_name, prepare_output, save
-
         formats = [make_format(name, self.plan) for name in (format or self.default_format).split(",")]
         base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme)
         prepare_output(base)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from auto_round.calibration.block_io import (
     Activations,
     BlockCall,
     BlockIO,
+    Placement,
     first_tensor,
     micro_batch,
     same_length_batches,
@@ -30,24 +30,23 @@ class Chain:
     object until the first quantized output is known.
     """
 
-    def __init__(self, captured: Captured, masks: list[torch.Tensor | None], device: torch.device, amp: Amp, place):
+    def __init__(
+        self,
+        captured: Captured,
+        masks: list[torch.Tensor | None],
+        device: torch.device,
+        amp: Amp,
+        placement: Placement,
+    ):
         self.calls: dict[str, BlockCall] = captured.calls
         self.hidden_dim = captured.hidden_dim
-        first, captured.first_hidden = captured.first_hidden, []  # given over: one copy of the activations is enough
-        self.lengths = [tensor.shape[self.hidden_dim + 1] for tensor in first]
+        self.clean = captured.first_hidden
+        self.noisy: Activations | None = None
+        self.lengths = [self.clean.shape(index)[self.hidden_dim + 1] for index in range(len(self.clean))]
         self.masks = masks
         self.device = device
         self.amp = amp
-        self._place = place
-        self.clean = self._new("clean", sum(tensor.nbytes for tensor in first), len(first))
-        for index in range(len(first)):
-            self.clean.put(index, first[index])
-            first[index] = None
-        self.noisy: Activations | None = None
-
-    def _new(self, name: str, nbytes: int, count: int) -> Activations:
-        kept = self._place(name, nbytes)
-        return Activations(count, kept if isinstance(kept, torch.device) else torch.device("cpu"), _file(kept))
+        self._placement = placement
 
     def io(self, block: str) -> BlockIO:
         """What an algorithm learns from: quantized inputs and original outputs (once `advance_clean` has run)."""
@@ -58,8 +57,7 @@ class Chain:
     def keep_inputs(self) -> None:
         """Before the clean chain moves on: the first block's quantized inputs are the original ones."""
         if self.noisy is None:
-            nbytes = sum(self.clean.get(index).nbytes for index in range(len(self.clean)))
-            self.noisy = self._new("noisy", nbytes, len(self.clean))
+            self.noisy = self._placement.new("noisy", len(self.clean), self.clean.nbytes)
             self.copy_clean()
 
     def copy_clean(self) -> None:
@@ -83,10 +81,6 @@ class Chain:
         for store in (self.clean, self.noisy):
             if store is not None:
                 store.close()
-
-
-def _file(kept: torch.device | Path) -> Path | None:
-    return None if isinstance(kept, torch.device) else kept
 
 
 @contextlib.contextmanager
