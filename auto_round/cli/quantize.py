@@ -134,7 +134,7 @@ def _add_tuning(parser: Parser) -> None:
         "--iters", "--iter", type=whole_number, metavar="N", help="steps per block (200); 0 rounds to nearest"
     )
     group.add_argument(
-        "--batch_size", "--train_bs", "--bs", type=whole_number, metavar="N", help="samples per step (8)"
+        "--batch_size", "--train_bs", "--bs", type=whole_number, metavar="N", help="samples that a step rests on (8)"
     )
     group.add_argument("--gradient_accumulate_steps", type=whole_number, metavar="N", help="batches per step (1)")
     group.add_argument("--lr", type=float, metavar="X", help="step of the rounding (1/iters)")

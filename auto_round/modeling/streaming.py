@@ -122,6 +122,7 @@ class StreamedModel:
         if self.is_streamed:
             self._load([key for key, name in self.names.targets.items() if self.block_of(name) is None])
             self.model.tie_weights()
+            self._check_present("", self.model, skip=self.blocks)
 
     def block_of(self, name: str) -> str | None:
         """The block that a parameter or module belongs to."""
@@ -132,7 +133,17 @@ class StreamedModel:
         module = self.model.get_submodule(block)
         if self.is_streamed:
             self._load([key for key, name in self.names.targets.items() if name.startswith(block + ".")])
+            self._check_present(block + ".", module)
         return module
+
+    def _check_present(self, prefix: str, module: nn.Module, skip: tuple[str, ...] = ()) -> None:
+        """Every parameter must have come from the checkpoint."""
+        for name, parameter in module.named_parameters(prefix=prefix.removesuffix(".")):
+            if parameter.device.type == "meta" and not (skip and self.block_of(name)):
+                raise CheckpointError(
+                    f"{self.checkpoint.directory} has no tensor for {name!r} of {type(self.model).__name__}: "
+                    "the checkpoint is incomplete, or config.json describes another model"
+                )
 
     def release(self, block: str) -> None:
         """Give the block's weights back (a no-op for a model that came with its weights)."""
