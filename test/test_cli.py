@@ -362,7 +362,7 @@ def test_output_that_cannot_be_written(capsys, tiny_dir, tmp_path):
 def test_full_disk(capsys, monkeypatch, tiny_dir, out):
     usage = shutil.disk_usage(tiny_dir)._replace(free=1000)
     monkeypatch.setattr("auto_round.formats.writer.shutil.disk_usage", lambda path: usage)
-    assert "the disk has 1,000 free" in fails(capsys, 1, tiny_dir, *ROUND, "--output_dir", out)
+    assert "make room" in fails(capsys, 1, tiny_dir, *ROUND, "--output_dir", out)
     assert nothing_written(out)
 
 

@@ -65,3 +65,15 @@ def test_an_unfinished_or_foreign_work_folder(finished, tiny_dir, tmp_path):
         export_work(work, "fake", tmp_path / "x")
     with pytest.raises(StoreError, match="no work folder"):
         export_work(tmp_path, "fake", tmp_path / "x")
+
+
+def test_too_little_disk_space_is_said_before_any_work(tiny_dir, tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6, 1000))
+    run = AutoRound(str(tiny_dir), iters=0, disable_opt_rtn=True, scheme="W4A16G32", show_progress=False)
+    with pytest.raises(OSError, match="make room"):
+        run.quantize_and_save(tmp_path / "out")
+    assert run.native is None and not list(tmp_path.glob("out/*"))

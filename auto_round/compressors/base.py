@@ -28,6 +28,7 @@ from auto_round.calibration.capture import (
 from auto_round.compressors.chain import Chain, importance_of
 from auto_round.compressors.saving import folder_name, prepare_output, save
 from auto_round.formats import make_format
+from auto_round.formats.export import planned_bytes
 from auto_round.logger import logger
 from auto_round.modeling.fused_moe.replace_modules import apply_replacements
 from auto_round.modeling.streaming import StreamedModel
@@ -410,7 +411,8 @@ class Compressor:
         """
         formats = [make_format(name, self.plan) for name in (format or self.default_format).split(",")]
         base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme)
-        prepare_output(base)
+        # The work folder holds about what the artifact holds.
+        prepare_output(base, 2 * sum(planned_bytes(self.streamed, self.plan, fmt) for fmt in formats))
         store = self.run(base.with_name(base.name + ".work"))
         finals = [base if len(formats) == 1 else base / fmt.name.replace(":", "-").replace("_", "-") for fmt in formats]
         folders = [

@@ -43,11 +43,11 @@ def folder_name(model: str, scheme: QuantizationScheme) -> str:
     return f"{model}-w{scheme.bits}{suffix}"
 
 
-def prepare_output(folder: Path) -> None:
+def prepare_output(folder: Path, nbytes: int = 0) -> None:
     """Make sure that the output can be written, before any work.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be made or written, or its disk has less than `nbytes` free.
     """
     parent = folder.parent
     try:
@@ -57,6 +57,12 @@ def prepare_output(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"the output folder {parent} cannot be written ({error.strerror}): choose another") from error
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OSError(
+            f"{parent} has {free / 1e9:.1f} GB free, and the result with its work folder needs {nbytes / 1e9:.1f} GB: "
+            "make room or choose another output folder"
+        )
 
 
 def save(
@@ -71,17 +77,21 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     began = time.monotonic()
     settings = _recorded(run)
-    ledger = write_folder(
-        partial,
-        run.streamed,
-        run.plan,
-        store,
-        fmt,
-        source_dir=run.source_dir,
-        tokenizer=run.tokenizer,
-        settings=settings,
-        max_shard_size=max_shard_size or "5GB",
-    )
+    try:
+        ledger = write_folder(
+            partial,
+            run.streamed,
+            run.plan,
+            store,
+            fmt,
+            source_dir=run.source_dir,
+            tokenizer=run.tokenizer,
+            settings=settings,
+            max_shard_size=max_shard_size or "5GB",
+        )
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is no place to leave half a model
+        raise
     run.times["export"] = time.monotonic() - began
     began = time.monotonic()
     checks = verify(run, store, ledger, partial)

@@ -125,7 +125,9 @@ def search_scale(
     """Scale (and zero) per group that minimises Σ importance · sqrt(mean w² + w²) · (w' - w)².
 
     The second factor, known from llama.cpp's k-quants, favours large weights; on a trained model it lowers the KL
-    divergence at every width (2 bits, groups of 64: 0.119 to 0.106). Tries ranges shrunk and grown around min/max; each is refitted by weighted least squares for its codes
+    divergence at every width (2 bits, groups of 64: 0.119 to 0.106).
+
+    Tries ranges shrunk and grown around min/max; each is refitted by weighted least squares for its codes
     (s = Σhwq / Σhq²), rounded to float16 and scored as it will be stored. groups [rows, groups, inputs per group].
     """
     w = groups.float()

@@ -93,6 +93,27 @@ def large_kept(ledger: Ledger, streamed: StreamedModel) -> list[dict[str, Any]]:
     return found
 
 
+def tensor_shapes(
+    streamed: StreamedModel, plan: ModelPlan, fmt: ExportFormat, ledger: Ledger
+) -> list[tuple[str, TensorShape]]:
+    """Name, shape and dtype of every tensor that will be written, in the source's order."""
+    layers = {stem_of(streamed, name): layer for name, layer in plan.quantized().items()}
+    shapes: list[tuple[str, TensorShape]] = []
+    for name, shape in streamed.source_tensors().items():
+        if ledger.fates[name][0] == "quantized":
+            stem = name.removesuffix(".weight")
+            shapes += [(f"{stem}.{suffix}", part) for suffix, part in fmt.layout(layers[stem]).items()]
+        else:
+            shapes.append((name, shape))
+    return shapes
+
+
+def planned_bytes(streamed: StreamedModel, plan: ModelPlan, fmt: ExportFormat) -> int:
+    """Bytes of the weights that will be written, known before any work."""
+    shapes = tensor_shapes(streamed, plan, fmt, make_ledger(streamed, plan))
+    return sum(torch.Size(shape.shape).numel() * shape.dtype.itemsize for _, shape in shapes)
+
+
 def write_folder(
     folder: Path,
     streamed: StreamedModel,
@@ -111,16 +132,7 @@ def write_folder(
         OSError: too little disk space, before anything is written. LedgerError: a tensor would be lost.
     """
     ledger = make_ledger(streamed, plan)
-    source = streamed.source_tensors()
-    layers = {stem_of(streamed, name): layer for name, layer in plan.quantized().items()}
-    specs: list[tuple[str, TensorShape]] = []
-    for name, shape in source.items():
-        if ledger.fates[name][0] == "quantized":
-            stem = name.removesuffix(".weight")
-            specs += [(f"{stem}.{suffix}", part) for suffix, part in fmt.layout(layers[stem]).items()]
-        else:
-            specs.append((name, shape))
-    with CheckpointWriter(folder, specs, max_shard_size or "5GB") as writer:
+    with CheckpointWriter(folder, tensor_shapes(streamed, plan, fmt, ledger), max_shard_size or "5GB") as writer:
         for name in ledger.of("kept"):
             writer.write(name, streamed.read_source(name))
         for part in plan.parts:
