@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto_round.data_type.base import QuantizedTensor, grouped
-from auto_round.data_type.int import Tunable, finish, start_point
+from auto_round.data_type.int import FAVOUR_LARGE, Tunable, finish, start_point
 from auto_round.schemes import TensorSpec
 
 specs = st.builds(
@@ -69,6 +69,7 @@ def test_searched_scales_are_never_worse(spec, seed):
     w, importance = weight(seed), torch.rand(64, generator=torch.Generator().manual_seed(seed)) + 0.1
     groups = grouped(w.float(), spec.group_size)
     favour = (groups.square().mean(-1, keepdim=True) + groups.square()).sqrt().view(w.shape)
+    favour = favour if spec.bits <= FAVOUR_LARGE else torch.ones_like(favour)
     errors = []
     for search in (False, True):
         tensor = finish(w, *start_point(w, spec, importance, search), None, spec)
