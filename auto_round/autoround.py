@@ -49,7 +49,8 @@ class AutoRound:
     """Quantize a model: `AutoRound(model, scheme="W4A16").quantize_and_save("out")`.
 
     Args:
-        model: a model folder, a hub id, or a loaded module (then with `tokenizer`, unless only rounding).
+        model: a model folder, a hub id, or a loaded module (then with `tokenizer`, unless only rounding). A module
+            is tuned on the device on which it is.
         tokenizer: a Transformers tokenizer; read from the model's folder when not given.
         scheme: a preset name such as "W4A16", a mapping of scheme fields, or a `QuantizationScheme`.
         layer_config: layer name or pattern → scheme, for layers that differ.
@@ -94,6 +95,8 @@ class AutoRound:
         **kwargs: Any,
     ) -> Compressor:
         _check_known(kwargs)
+        if platform != "hf":
+            raise SettingsError(f"platform={platform!r} is not supported: give a local folder or a Hugging Face hub id")
         fields = {name: kwargs.pop(name) for name in FIELD_NAMES if name in kwargs}
         if isinstance(fields.get("bits"), float) and fields["bits"].is_integer():
             fields["bits"] = int(fields["bits"])

@@ -108,7 +108,7 @@ def make_plan(
     names = [info.name for info in layers]
     rules = [(key, parse_scheme(value, scheme)) for key, value in (layer_config or {}).items()]
     hits = {key: match_layers(key, names) for key, _ in rules}
-    ignored = {name: item for item in ignore_layers for name in match_ignored(item, names)}
+    ignored = {name: item for item in ignore_layers for name in match_layers(item, names)}
     decided = {}
     for info in layers:
         wanted, reason, explicit = _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head)
@@ -191,10 +191,6 @@ def match_layers(pattern: str, names: Sequence[str]) -> list[str]:
     if not found:
         raise PlanError(f"the layer pattern {pattern!r} matches no layer{near_misses(pattern, names)}")
     return found
-
-
-def match_ignored(item: str, names: Sequence[str]) -> list[str]:
-    return match_layers(item, names)
 
 
 def _as_regex(pattern: str) -> str:

@@ -20,6 +20,8 @@ class TuneSettings:
         `samples_per_step` of them are new, momentum carries the others over.
     lr: step of the rounding offsets, None for 1/iters; it falls linearly to 0.
     minmax_lr: step of the clipping factors, None for lr.
+    not_use_best_mse: keep the last state instead of the best of those compared.
+    dynamic_max_gap: stop a block after that many steps without a lower loss; -1 never.
     search: start from (or, at iters=0, use) scales that minimise the importance-weighted error instead of min/max.
     """
 

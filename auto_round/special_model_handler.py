@@ -11,7 +11,7 @@ Three extension points, each one entry and one test:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -61,8 +61,3 @@ def model_traits(model: nn.Module) -> ModelTraits:
 def _handle_special_model(model: nn.Module) -> nn.Module:
     """Give a model whose own forward cannot be driven by text batches one that can; others pass unchanged."""
     return model
-
-
-def flatten_blocks(stacks: Sequence[Sequence[str]]) -> list[str]:
-    """Block names of all stacks in order."""
-    return [name for stack in stacks for name in stack]

@@ -43,7 +43,8 @@ class StoreError(RuntimeError):
 
 
 def fingerprint(facts: Mapping[str, Any]) -> str:
-    """Short hash of everything that the codes depend on."""
+    """Short hash of everything that the codes depend on; where the source lies is recorded, but does not matter."""
+    facts = {key: value for key, value in facts.items() if key != "source_dir"}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

@@ -42,6 +42,8 @@ def test_tuning_lowers_the_loss_of_every_block(tiny_dir, tmp_path):
         {"gradient_accumulate_steps": 2, "batch_size": 2},
         {"bits": 8, "sym": False},
         {"bits": 5},
+        {"dynamic_max_gap": 1},
+        {"not_use_best_mse": True},
     ],
 )
 def test_settings_work_and_repeat(tiny_dir, changes):

@@ -31,15 +31,21 @@ def quantize_block(task: BlockTask) -> BlockResult:
     best_loss, best = start, None
     settings = task.settings
     checkpoints = _checkpoints(settings.iters) if not settings.not_use_best_mse else {settings.iters}
+    lowest, lowest_step = float("inf"), 0
     for step, indices in zip(range(1, settings.iters + 1), tuner.batches(), strict=False):
         loss = tuner.step(indices, 1.0 - (step - 1) / settings.iters)
         task.on_step(step, loss)
         if step % LOSS_EVERY == 0:
             losses.append((step, loss))
-        if step in checkpoints:
+        if loss < lowest:
+            lowest, lowest_step = loss, step
+        settled = 0 < settings.dynamic_max_gap <= step - lowest_step
+        if step in checkpoints or settled:
             judged = tuner.judge()
             if judged < best_loss:
                 best_loss, best = judged, tuner.snapshot()
+        if settled:
+            break
     if best is None:
         tuner.restart()
         note = "tuning did not improve on optimized round-to-nearest, which is kept"
@@ -66,7 +72,7 @@ class _Tuner:
         self.task = task
         self.io = task.io
         self.random = random.Random(task.seed)
-        self.micro = micro_batch(self.io.lengths, self.io.device)
+        self.micro = micro_batch(self.io.lengths, self.io.device, task.settings.batch_size)
         task.module.requires_grad_(False)
         self.tunables = {name: self._tunable(name) for name in task.layers}
         self.momentum: dict[int, torch.Tensor] = {}

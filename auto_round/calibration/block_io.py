@@ -172,9 +172,9 @@ MICRO_TOKENS = 1024
 """Tokens per forward on a CPU: activations of small batches stay in its cache, and memory stays small."""
 
 
-def micro_batch(lengths: Sequence[int], device: torch.device) -> int:
-    """Samples to run at once: a few on a CPU, as many as there are elsewhere."""
-    return max(1, MICRO_TOKENS // max(lengths)) if device.type == "cpu" else len(lengths)
+def micro_batch(lengths: Sequence[int], device: torch.device, batch_size: int) -> int:
+    """Samples to run at once: what fits the cache of a CPU, a batch elsewhere."""
+    return max(1, MICRO_TOKENS // max(lengths)) if device.type == "cpu" else batch_size
 
 
 @dataclass

@@ -130,7 +130,7 @@ def record_calls(streamed: StreamedModel, native: NativeRun, batch: Batch, amp) 
         for name, module in modules.items():
             module.forward = stand_in(name)
         with no_cache(streamed.model), amp(), contextlib.suppress(_Stop):
-            streamed.model(**_to(batch, _input_device(streamed)))
+            streamed.model(**_to(batch, streamed.device))
     finally:
         for module in modules.values():
             del module.forward
@@ -268,7 +268,3 @@ def _growing_dim(one: torch.Tensor, two: torch.Tensor) -> int | None:
 
 def _to(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     return {key: value.to(device) for key, value in batch.items()}
-
-
-def _input_device(streamed: StreamedModel) -> torch.device:
-    return streamed.device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round import __version__
 from auto_round.algorithms import algorithm
 from auto_round.algorithms.base import BlockTask, put_weights, relative_name
 from auto_round.calibration.block_io import Placement, first_tensor
@@ -210,8 +212,6 @@ class Compressor:
             ReplayError: a block cannot be replayed alone; the message names it and the argument.
         """
         if nsamples is not None:
-            import dataclasses
-
             self.calibration = dataclasses.replace(self.calibration, nsamples=nsamples)
         began = time.monotonic()
         self.load_data()
@@ -340,6 +340,7 @@ class Compressor:
             "layers": {name: plan.scheme.to_dict() for name, plan in self.plan.quantized().items()},
             "blocks": [list(stack) for stack in self.plan.blocks],
             "device": self.device.type,
+            "auto_round": __version__,
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
@@ -387,7 +388,10 @@ class Compressor:
         return_folders: bool = False,
         max_shard_size: int | str | None = None,
     ) -> Any:
-        """Write the model after `quantize()`, straight into `output_dir`; returns the model, or (model, folder)."""
+        """Write the model after `quantize()`, straight into `output_dir`; returns the model, or (model, folder).
+
+        inplace: accepted for compatibility; what is written comes from the store, not from the model in memory.
+        """
         if self._store is None:
             raise RuntimeError("save_quantized() writes what quantize() found: call quantize() first")
         fmt = make_format(format or self.default_format, self.plan)
@@ -404,6 +408,8 @@ class Compressor:
         """Quantize into a work folder under `output_dir`, write the model there in each format, and verify it.
 
         A killed run goes on from its last complete block when it is started again with the same arguments.
+
+        inplace is accepted for compatibility and changes nothing.
 
         Returns:
             (model, folder), or a list of folders for several formats. A model streamed from a folder comes back

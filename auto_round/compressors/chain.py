@@ -68,7 +68,7 @@ class Chain:
     def advance(self, block: str, module: nn.Module, store: Activations, batch_size: int) -> None:
         """Replace every sample's input in `store` by the block's output for it."""
         call = self.calls[block]
-        size = min(batch_size, micro_batch(self.lengths, self.device)) if call.batches else 1
+        size = micro_batch(self.lengths, self.device, batch_size) if call.batches else 1
         with torch.no_grad():
             for indices in same_length_batches(self.lengths, size):
                 args, kwargs = call.arguments(indices, store.batch(indices, self.hidden_dim, self.device))
