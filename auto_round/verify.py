@@ -21,6 +21,7 @@ from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import OUTSIDE, ModelPlan
 from auto_round.store import Store
+from auto_round.utils.device import trim_memory
 
 RELOAD_LIMIT = 512 << 20  # bytes of checkpoint up to which Transformers itself is made to load it
 RELOAD_TOLERANCE = 2e-2  # relative difference of logits; the dequantized weights are compared bit for bit
@@ -160,6 +161,7 @@ def codes_problem(artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapp
             return f"{name} reads back differently from what was quantized"
         if not torch.isfinite(tensor.scale).all():
             return f"{name} holds scales that are not finite"
+    trim_memory()
     return None
 
 

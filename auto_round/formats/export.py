@@ -20,6 +20,7 @@ from auto_round.formats.writer import CheckpointWriter, copy_side_files, write_c
 from auto_round.modeling.streaming import StreamedModel, TensorShape
 from auto_round.plan import ModelPlan
 from auto_round.store import Store
+from auto_round.utils.device import trim_memory
 
 LARGE = 1_000_000  # elements above which a tensor left in high precision is listed with its reason
 
@@ -139,6 +140,7 @@ def write_folder(
             for name, tensor in store.load(part, plan.quantized(part)).tensors.items():
                 for suffix, packed in fmt.pack(tensor, plan.layers[name].info).items():
                     writer.write(f"{stem_of(streamed, name)}.{suffix}", packed)
+            trim_memory()
     _write_side_files(folder, streamed, source_dir, tokenizer)
     write_config(_source_config(streamed, source_dir), fmt.config(settings), folder)
     return ledger

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.utils.device import trim_memory
 
 
 class TensorShape(NamedTuple):
@@ -153,6 +154,7 @@ class StreamedModel:
             for name, parameter in list(module.named_parameters(recurse=False)):
                 empty = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
                 setattr(module, name, empty)
+        trim_memory()
 
     @contextlib.contextmanager
     def loaded(self, block: str) -> Iterator[nn.Module]:

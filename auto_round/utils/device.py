@@ -1,7 +1,8 @@
-"""Choosing the device that blocks are tuned on, and reading how much memory a run took."""
+"""Choosing the device that blocks are tuned on, and the memory that a run takes."""
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
 from typing import Any
@@ -39,6 +40,18 @@ def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, in MiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1024 if sys.platform != "darwin" else 1 << 20)
+
+
+def trim_memory() -> None:
+    """Give freed memory back to the system between blocks.
+
+    glibc keeps it otherwise, and with tensors of many sizes the process grows with every block although nothing is
+    held (on 40 blocks of 100 MB: by 1 GB).
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent from other C libraries
+        if trim is not None:
+            trim(0)
 
 
 def device_peak_mb(device: torch.device) -> float | None:
