@@ -71,6 +71,7 @@ def normalise(text: str) -> str:
     """Give every source the same line endings, no trailing blanks and at most one empty line in a row."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\x0c", "\n").replace("\u00a0", " ")
     text = "\n".join(line.rstrip() for line in text.split("\n"))
+    text = re.sub(r"https?://(?:[\w-]+\.)*pypi" r"\.org/[\w./-]*[\w/]", "the package index", text)  # hosts move
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
