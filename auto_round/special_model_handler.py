@@ -1,12 +1,13 @@
 """What structure cannot tell about a model: the tables of exceptions, honoured before discovery.
 
-Three extension points, each one entry and one test:
+Extension points, each one entry and one test:
 
 - `SPECIAL_MULTIMODAL_BLOCK[model_type] = handler(model, quant_vision) -> [[block names], …]` where blocks are not
   found from the module graph;
 - a branch in `_handle_special_model` where `model.forward` cannot be driven with the calibration batch;
-- `SPECIAL_SHARED_CACHE_KEYS[ClassName] = (argument, …)` where an argument is shared by all samples although its
-  values differ.
+
+The other three tables hold the names that models are registered under by convention. Nothing consults them yet: shared
+arguments are found by value, and whether samples can be joined by how the arguments grow with the batch.
 """
 
 from __future__ import annotations
@@ -33,12 +34,10 @@ SPECIAL_SHARED_CACHE_KEYS: dict[str, tuple[str, ...]] = {}
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """All that the tables say of one model."""
+    """What the tables that are consulted say of one model."""
 
     model_type: str
     block_handler: BlockHandler | None
-    shared_keys: tuple[str, ...]
-    batch_limit: int | None
 
 
 def resolve_model_type(model: nn.Module) -> str:
@@ -47,14 +46,11 @@ def resolve_model_type(model: nn.Module) -> str:
 
 
 def model_traits(model: nn.Module) -> ModelTraits:
-    """Look the model up in every table, once."""
+    """Look the model up in the tables, once."""
     model_type = resolve_model_type(model)
-    limited = any(part in model_type for part in mllms_with_limited_bs)
     return ModelTraits(
         model_type=model_type,
         block_handler=SPECIAL_MULTIMODAL_BLOCK.get(model_type),
-        shared_keys=SPECIAL_SHARED_CACHE_KEYS.get(type(model).__name__, ()),
-        batch_limit=1 if limited else None,
     )
 
 

@@ -70,6 +70,7 @@ def test_killed_at_any_moment(model, tmp_path):
         _wait_for_blocks(process, tmp_path / "killed", want)
         process.send_signal(signal.SIGKILL)
         process.wait()
+        assert len(list((tmp_path / "killed").glob("*.work/*/*.safetensors"))) >= want
     _, killed = run(model, tmp_path / "killed")
     assert weights(whole) == weights(killed)
 

@@ -153,7 +153,7 @@ def _record(args: tuple, kwargs: dict, previous: torch.Tensor | None, name: str)
     return RecordedCall(leaves, tree, hidden)
 
 
-def check_arguments(native: NativeRun, replay: Mapping[str, RecordedCall], model: nn.Module) -> None:
+def check_arguments(native: NativeRun, replay: Mapping[str, RecordedCall]) -> None:
     """Compare the recorded arguments with those of the native pass.
 
     Raises:

@@ -217,7 +217,7 @@ class Compressor:
         self.load_data()
         native = self.observe_original()
         replay = record_calls(self.streamed, native, native.batch, self.amp)
-        check_arguments(native, replay, self.model)
+        check_arguments(native, replay)
         if self._store is None:
             self._open_store(None)
         self._captured = capture(self.streamed, native, self.data.samples, self.amp, self._placement())
