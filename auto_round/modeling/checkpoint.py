@@ -1,5 +1,8 @@
 """A checkpoint directory as a source of tensors: names, shapes and dtypes from the headers alone, bytes on demand.
 
+A `DequantizedCheckpoint` is one whose weights are stored as codes and scales and shown as floats; which formats there
+are, and how they decode, is `auto_round.modeling.sources`' business.
+
 Only safetensors are read; pickled weights are refused, since unpickling runs code. Headers are checked against file
 sizes before anything is trusted, so that a truncated shard is reported by name and not as a crash hours later.
 """
@@ -8,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -25,6 +29,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -109,6 +114,72 @@ class Checkpoint:
                     handle.seek(file.stat().st_size * part // 9)
                     digest.update(handle.read(4096))
         return digest.hexdigest()
+
+
+class Decodable(Protocol):
+    """A float tensor that is stored in parts: role → stored tensor, "codes" being the one it is found by."""
+
+    name: str
+    parts: Mapping[str, str]
+
+    @property
+    def float_shape(self) -> tuple[int, ...]: ...
+
+    def decode(self, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class VirtualEntry(TensorEntry):
+    """A dequantized tensor: its float shape and dtype, and where its codes lie."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class DequantizedCheckpoint(Checkpoint):
+    """A quantized checkpoint, showing the float model that it stands for.
+
+    Attributes:
+        source: the checkpoint as it is stored.
+        weights: float name → how it is stored, for every dequantized tensor.
+        dropped: stored tensor that is not shown → why. Every stored tensor is shown or here.
+        dtype: what is dequantized to.
+
+    Raises:
+        CheckpointError: a tensor that is stored both quantized and as floats.
+    """
+
+    def __init__(
+        self, source: Checkpoint, weights: Mapping[str, Decodable], dropped: Mapping[str, str], dtype: torch.dtype
+    ):
+        self.source, self.directory = source, source.directory
+        self.weights, self.dropped, self.dtype = dict(weights), dict(dropped), dtype
+        self.entries: dict[str, TensorEntry] = {}
+        codes = {weight.parts["codes"]: weight for weight in self.weights.values()}
+        for name, entry in source.entries.items():
+            if name in codes:
+                weight = codes[name]
+                if weight.name != name and weight.name in source:
+                    raise CheckpointError(f"{self.directory}: {weight.name!r} is stored twice, quantized and as floats")
+                shown = VirtualEntry(entry.file, weight.float_shape, dtype, entry.begin, entry.end)
+                self.entries[weight.name] = shown
+            elif name not in self.dropped:
+                self.entries[name] = entry
+
+    def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors by name; the codes of one weight at a time are mapped beside them."""
+        names = list(names)
+        stored = self.source.read([name for name in names if name not in self.weights])
+        return {name: self._decode(self.weights[name]) if name in self.weights else stored[name] for name in names}
+
+    def _decode(self, weight: Decodable) -> torch.Tensor:
+        tensors = self.source.read(weight.parts.values())
+        return weight.decode({role: tensors[name] for role, name in weight.parts.items()}, self.dtype)
+
+    def fingerprint(self) -> str:
+        """Hash of what identifies the weights: the stored ones, and the dtype that they are read in."""
+        return hashlib.sha256(f"{self.source.fingerprint()}:{self.dtype}".encode()).hexdigest()
 
 
 def _shards(directory: Path) -> list[Path]:
