@@ -17,6 +17,7 @@ import torch
 
 from auto_round.schemes import QuantizationScheme, parse_scheme
 
+MIN_COVERAGE = 0.95  # share of the blocks' weights that a plan must quantize unless rules say otherwise
 PACK = 32  # int32 words hold 32 codes of any width in `bits` words, so both dimensions must be multiples of this
 
 OUTSIDE = "(outside the blocks)"  # stands for a block's name where layers belong to none
@@ -38,6 +39,14 @@ class LayerInfo:
     transposed: bool = False  # stored [in, out], as Conv1D does
     has_bias: bool = False
     dtype: torch.dtype = torch.bfloat16  # of the source weight
+    role: str = ""  # "router": chooses among experts, and is kept
+    fused: bool = False  # cut out of a tensor that the source stores for all experts
+    stored: str = ""  # what the checkpoint calls the layer, where that is another name
+
+    @property
+    def stem(self) -> str:
+        """The name under which the layer's tensors are stored."""
+        return self.stored or self.name
 
     @property
     def numel(self) -> int:
@@ -51,6 +60,7 @@ class LayerPlan:
     info: LayerInfo
     scheme: QuantizationScheme
     reason: str
+    explicit: bool = False  # a rule of the user's says so
 
     @property
     def name(self) -> str:
@@ -69,10 +79,17 @@ class ModelPlan:
     layers: Mapping[str, LayerPlan]
     blocks: tuple[tuple[str, ...], ...]
     rules: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, str] = field(default_factory=dict)  # stored name → why a matrix that is no layer is kept
 
     @property
     def block_names(self) -> tuple[str, ...]:
         return tuple(name for stack in self.blocks for name in stack)
+
+    @property
+    def stored_blocks(self) -> list[list[str]]:
+        """The stacks under the names that the checkpoint has for them."""
+        stems = {plan.info.block: plan for plan in reversed(self.layers.values()) if plan.info.block}
+        return [[_stored_block(block, stems.get(block)) for block in stack] for stack in self.blocks]
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -87,8 +104,32 @@ class ModelPlan:
             if plan.is_quantized and part in (None, plan.info.block or OUTSIDE)
         }
 
+    def summary(self) -> str:
+        """`Quantized 28/30 layers; kept 2: router: small, and it decides (a, b)`, of the layers in blocks."""
+        inside = [plan for plan in self.layers.values() if plan.info.block is not None or plan.is_quantized]
+        kept: dict[str, list[str]] = {}
+        for plan in inside:
+            if not plan.is_quantized:
+                kept.setdefault(plan.reason, []).append(plan.name)
+        text = f"Quantized {sum(plan.is_quantized for plan in inside)}/{len(inside)} layers"
+        for reason, names in kept.items():
+            more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+            text += f"; kept {len(names)}: {reason} ({', '.join(names[:2])}{more})"
+        return text
+
     def kept(self) -> dict[str, LayerPlan]:
         return {n: p for n, p in self.layers.items() if not p.is_quantized}
+
+
+def _stored_block(block: str, layer: LayerPlan | None) -> str:
+    """A block's stored name, read off one of its layers."""
+    if layer is None or layer.info.stem == layer.name:
+        return block
+    inside = layer.name[len(block) :]
+    if layer.info.stem.endswith(inside):
+        return layer.info.stem[: -len(inside)]
+    found = re.match(rf"(.*?\.{re.escape('.'.join(block.split('.')[-2:]))})\.", f".{layer.info.stem}")
+    return found[1][1:] if found else block
 
 
 def make_plan(
@@ -99,8 +140,9 @@ def make_plan(
     ignore_layers: Sequence[str] = (),
     lm_head: str | None = None,
     quant_lm_head: bool = False,
+    beside: Mapping[str, str] | None = None,
 ) -> ModelPlan:
-    """Decide every layer's scheme.
+    """Decide every layer's scheme. beside: matrices that are no layers and stay, with the reason.
 
     Raises:
         PlanError: a rule matches no layer, or asks for what cannot be (quantizing a tied lm_head).
@@ -113,7 +155,23 @@ def make_plan(
     for info in layers:
         wanted, reason, explicit = _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head)
         decided[info.name] = _fit(info, wanted, reason, explicit)
-    return ModelPlan(scheme, decided, tuple(tuple(stack) for stack in blocks), dict(rules))
+    plan = ModelPlan(scheme, decided, tuple(tuple(stack) for stack in blocks), dict(rules), dict(beside or {}))
+    _check_share(plan)
+    return plan
+
+
+def _check_share(plan: ModelPlan) -> None:
+    """A run that would leave much of the blocks as it is, and nobody asked for that, is no quantization."""
+    inside = [p for p in plan.layers.values() if p.info.block is not None and not p.info.role and not p.explicit]
+    total, lost = sum(p.info.numel for p in inside), [p for p in inside if not p.is_quantized]
+    missed = sum(p.info.numel for p in lost)
+    if plan.scheme.is_quantized and missed > (1 - MIN_COVERAGE) * total:
+        largest = max(lost, key=lambda p: p.info.numel)
+        raise PlanError(
+            f"Quantized {len(inside) - len(lost)}/{len(inside)} layers: only {100 * (total - missed) / total:.0f} % "
+            f"of the block weights. {largest.name} stays: {largest.reason}. If that is what you want, say so with "
+            f"ignore_layers={largest.name.rpartition('.')[2]!r}"
+        )
 
 
 def _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head):
@@ -126,6 +184,8 @@ def _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head):
     matched = [(key, value) for key, value in rules if info.name in hits[key]]
     if matched:
         return matched[-1][1], f"layer_config {matched[-1][0]!r}", True
+    if info.role:
+        return _keep(scheme), f"{info.role}: small, and it decides", False
     if info.block is not None:
         return scheme, "default", False
     if info.name == lm_head and quant_lm_head:
@@ -140,7 +200,7 @@ def _keep(scheme: QuantizationScheme) -> QuantizationScheme:
 def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: bool) -> LayerPlan:
     """Adjust a wanted scheme to the layer's shape, or keep the layer, saying so."""
     if not scheme.is_quantized:
-        return LayerPlan(info, scheme, reason)
+        return LayerPlan(info, scheme, reason, explicit)
     if info.tied:
         if explicit:
             raise PlanError(
@@ -154,6 +214,8 @@ def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: boo
     group_size = fit_group_size(info.in_features, scheme.group_size)
     if group_size == scheme.group_size:
         return LayerPlan(info, scheme, reason)
+    if scheme.group_size >= info.in_features:
+        return LayerPlan(info, dataclasses.replace(scheme, group_size=group_size), reason)
     note = f"{reason}; group size {scheme.group_size} does not divide {info.in_features} inputs, {group_size} does"
     return LayerPlan(info, dataclasses.replace(scheme, group_size=group_size), note)
 

@@ -63,6 +63,24 @@ def test_group_sizes_that_do_not_divide(inputs, wanted, fits):
 
 
 def test_shapes_that_no_kernel_reads_are_kept():
-    made = plan(infos=[LayerInfo("a.odd", 33, 64, "a"), LayerInfo("a.even", 64, 64, "a")])
+    infos = [LayerInfo("a.odd", 33, 64, "a"), LayerInfo("a.even", 2048, 64, "a")]
+    made = plan(infos=infos)
     assert not made.layers["a.odd"].is_quantized
     assert "33×64" in made.layers["a.odd"].reason
+    assert (
+        made.summary()
+        == "Quantized 1/2 layers; kept 1: shape 33×64 is not a multiple of 32 (no kernel reads it) (a.odd)"
+    )
+
+
+def test_blocks_that_mostly_stay_are_an_error_unless_a_rule_says_so():
+    infos = [LayerInfo("a.odd", 33, 64, "a"), LayerInfo("a.even", 64, 64, "a")]
+    with pytest.raises(PlanError, match=r"Quantized 1/2 layers: only 66 %.*ignore_layers='odd'"):
+        plan(infos=infos)
+    assert plan(infos=infos, ignore_layers=["odd"]).layers["a.even"].is_quantized
+
+
+def test_routers_are_kept():
+    infos = [LayerInfo("a.gate", 64, 64, "a", role="router"), LayerInfo("a.up", 64, 64, "a")]
+    assert plan(infos=infos).layers["a.gate"].reason.startswith("router")
+    assert plan(infos=infos, layer_config={"a.gate": {"bits": 8}}).layers["a.gate"].scheme.bits == 8

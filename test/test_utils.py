@@ -47,8 +47,11 @@ def test_uncovered_block_weights_are_an_error():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.gate_up = nn.Parameter(torch.randn(4, 64, 128))
+            self.gate_up = nn.Parameter(torch.randn(256, 128))
             self.small = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.small(x @ self.gate_up)
 
     model = nn.Module()
     model.layers = nn.ModuleList([Experts()])
@@ -80,5 +83,7 @@ def test_replacements_are_registered_once_and_applied():
         register_replacement(name)(lambda module, path, model: module)
     model = nn.Module()
     model.inner = Fused()
-    assert apply_replacements(model) == {"inner": name}
+    replaced = apply_replacements(model)
+    assert list(replaced) == ["inner"]
+    assert replaced["inner"].original is not model.inner is replaced["inner"].new
     assert isinstance(model.inner, nn.ModuleList)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from auto_round.modeling.blocks import get_block_names as get_block_names  # part of this module's interface
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.modeling.sources import open_checkpoint
 from auto_round.modeling.streaming import StreamedModel
-from auto_round.plan import LayerInfo, PlanError, match_layers
-from auto_round.special_model_handler import model_traits
+from auto_round.plan import MIN_COVERAGE, LayerInfo, PlanError, match_layers
+from auto_round.special_model_handler import _handle_special_model
 from auto_round.utils.common import is_supported_layer, is_transposed
 
-MIN_COVERAGE = 0.95
-_VISION = ("vision", "visual", "image", "img")
-_AUDIO = ("audio", "speech", "wav", "waveform")
+_TABLES = {  # of text-generating classes, in the order in which they are looked at
+    "MODEL_FOR_CAUSAL_LM_MAPPING": "AutoModelForCausalLM",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING": "AutoModelForImageTextToText",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING": "AutoModelForMultimodalLM",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING": "AutoModelForSeq2SeqLM",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING": "AutoModelForSpeechSeq2Seq",
+}
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "image_token_id", "image_token_index", "visual", "thinker_config")
 
 
@@ -58,12 +65,6 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON ({error})") from error
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
-        raise CheckpointError(
-            f"{directory} is quantized already ({method}), and quantizing it again would lose quality twice: "
-            "give the original"
-        )
     if "auto_map" in raw and not trust_remote_code:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -72,7 +73,71 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
                 f"{directory} brings its own code (auto_map), which is not run unless you trust it: "
                 "read it, then pass trust_remote_code=True (--trust_remote_code)"
             )
-    return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the weights are read as floats, whatever they are stored in
+    return config
+
+
+def model_class(config: Any) -> Any:
+    """The class that generates text with this configuration: the one it names, else by Transformers' tables.
+
+    Raises:
+        CheckpointError: Transformers knows no such class.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = [getattr(auto, name) for name in _TABLES if hasattr(auto, name)]
+    known = [table[type(config)] for table in tables if type(config) in table]
+    classes = [c for item in known for c in (item if isinstance(item, (tuple, list)) else [item])]
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
+    for wanted in named:
+        if wanted in classes or (wanted is not None and hasattr(wanted, "generate") and not classes):
+            return wanted
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or not classes:
+        if getattr(config, "auto_map", None):
+            return transformers.AutoModelForCausalLM
+        raise CheckpointError(
+            f"Transformers {transformers.__version__} has no text-generating class for model_type "
+            f"{config.model_type!r}: it may need a newer version, or the model's own code (trust_remote_code=True)"
+        )
+    return classes[0]
+
+
+def auto_class_name(config: Any) -> str:
+    """The name of Transformers' Auto class that loads this model."""
+    from transformers.models.auto import modeling_auto as auto
+
+    for table, name in _TABLES.items():
+        if hasattr(auto, table) and type(config) in getattr(auto, table):
+            return name
+    return "AutoModelForCausalLM"
+
+
+def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A model of that configuration with its parameters on the meta device; buffers are real."""
+    from accelerate import init_empty_weights
+
+    cls = model_class(config)
+    # Buffers are computed from the configuration, not stored, so they must be real; only parameters are left out.
+    with init_empty_weights(include_buffers=False):
+        if hasattr(cls, "_from_config"):
+            model = cls._from_config(config, dtype=dtype)
+        else:
+            model = cls.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.eval().requires_grad_(False)
+
+
+def load_model(directory: str | Path, trust_remote_code: bool = False, **options: Any) -> nn.Module:
+    """A model from a folder through Transformers, of the class that generates text, in the dtype it is stored in."""
+    from transformers import AutoConfig, AutoRoundConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, **options}
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") in ("gptq", "awq"):
+        options.setdefault("quantization_config", AutoRoundConfig())  # else Transformers asks for gptqmodel
+    return _handle_special_model(model_class(config).from_pretrained(directory, **options).eval())
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any | None:
@@ -92,20 +157,21 @@ def load_streamed(
     device: torch.device | str = "cpu",
 ) -> StreamedModel:
     """Build a model without its weights and attach its checkpoint. Blocks are declared later (`set_blocks`)."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    checkpoint = Checkpoint(directory)
     config = load_config(directory, trust_remote_code)
+    checkpoint = open_source(directory, dtype)
     dtype = dtype or main_dtype(checkpoint)
-    # Buffers are computed from the configuration, not stored, so they must be real; only parameters are left out.
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.eval().requires_grad_(False)
+    model = build_empty(config, dtype, trust_remote_code)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(device)
     return StreamedModel(model, checkpoint, device)
+
+
+def open_source(directory: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    """The weights of a model folder as floats, whatever they are stored in."""
+    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    quantization = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    return open_checkpoint(directory, quantization, dtype or torch.bfloat16)
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -115,39 +181,6 @@ def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
         if entry.dtype in (torch.float16, torch.bfloat16, torch.float32):
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.nbytes
     return max(sizes, key=sizes.__getitem__, default=torch.float32)
-
-
-def get_block_names(model: nn.Module, quant_vision: bool = False) -> list[list[str]]:
-    """Full names of the model's blocks, one list per stack.
-
-    A handler for the model type is asked first; otherwise every outermost ModuleList whose members hold quantizable
-    layers is a stack. Stacks of vision towers count when `quant_vision` is set, audio towers never.
-    """
-    handler = model_traits(model).block_handler
-    if handler is not None:
-        return handler(model, quant_vision)
-    stacks = [names for path, names in _module_lists(model) if _wanted_tower(path, quant_vision)]
-    return [names for names in stacks if any(_has_layers(model.get_submodule(name)) for name in names)]
-
-
-def _module_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, list[str]]]:
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(child, nn.ModuleList):
-            yield path, [f"{path}.{index}" for index in range(len(child))]
-        else:
-            yield from _module_lists(child, path + ".")
-
-
-def _wanted_tower(path: str, quant_vision: bool) -> bool:
-    lowered = path.lower()
-    if any(word in lowered for word in _AUDIO):
-        return False
-    return quant_vision or not any(word in lowered for word in _VISION)
-
-
-def _has_layers(module: nn.Module) -> bool:
-    return any(is_supported_layer(child) for child in module.modules())
 
 
 def select_blocks(stacks: list[list[str]], wanted: str | Sequence | None) -> list[list[str]]:
@@ -162,19 +195,29 @@ def select_blocks(stacks: list[list[str]], wanted: str | Sequence | None) -> lis
     return [kept for stack in stacks if (kept := [name for name in stack if name in hits])]
 
 
-def find_layers(model: nn.Module, stacks: Sequence[Sequence[str]]) -> list[LayerInfo]:
+def find_layers(
+    model: nn.Module,
+    stacks: Sequence[Sequence[str]],
+    matrices: Callable[[list[str]], Collection[str]] = lambda names: names,
+) -> list[LayerInfo]:
     """Every layer that could be quantized, in the order of the module tree.
+
+    matrices: given the names of large parameters that belong to no layer, those that are used as matrices; asked only
+    where it decides whether enough of the blocks' weights can be quantized.
 
     Raises:
         PlanError: the model has none, or blocks whose weights mostly sit outside such layers.
     """
     blocks = [name for stack in stacks for name in stack]
+    inside = _BlockIndex(blocks)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    aliases = tied_layers(model)
     seen: dict[int, str] = {}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    routers = find_routers(model, blocks)
     layers = []
     for name, module in model.named_modules():
-        if not is_supported_layer(module) or id(module.weight) in seen:
+        if not is_supported_layer(module) or id(module.weight) in seen or name in aliases:
             continue
         seen[id(module.weight)] = name
         rows, columns = module.weight.shape
@@ -186,43 +229,170 @@ def find_layers(model: nn.Module, stacks: Sequence[Sequence[str]]) -> list[Layer
                 name=name,
                 out_features=rows,
                 in_features=columns,
-                block=next((block for block in blocks if name.startswith(block + ".")), None),
+                block=inside.of(name),
                 tied=f"{name}.weight" in tied or id(module.weight) in embeddings,
                 transposed=transposed,
                 has_bias=getattr(module, "bias", None) is not None,
                 dtype=module.weight.dtype,
+                role="router" if name in routers else "",
             )
         )
-    _check_coverage(model, blocks, layers)
+    _check_coverage(model, blocks, layers, routers, matrices)
     return layers
 
 
-def _check_coverage(model: nn.Module, blocks: list[str], layers: list[LayerInfo]) -> None:
+def tied_layers(model: nn.Module) -> dict[str, str]:
+    """Layers whose weight is another layer's, stored under its name only: layer → that other one."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {name for name, module in modules.items() if is_supported_layer(module)}
+    pairs = ((name.rpartition("."), home.rpartition(".")) for name, home in ties.items())
+    return {
+        layer: other
+        for (layer, _, leaf), (other, _, home_leaf) in pairs
+        if leaf == home_leaf == "weight" and {layer, other} <= layers
+    }
+
+
+class _BlockIndex:
+    """Finds the block that a module sits in by looking its prefixes up."""
+
+    def __init__(self, blocks: Sequence[str]):
+        self._blocks = set(blocks)
+
+    def of(self, name: str) -> str | None:
+        while name:
+            if name in self._blocks:
+                return name
+            name = name.rpartition(".")[0]
+        return None
+
+
+def find_routers(model: nn.Module, blocks: Sequence[str]) -> set[str]:
+    """Layers, and bare matrices, that choose among experts: a part that ends in one output for each of them.
+
+    Told by structure: alike modules numbered from 0 are a set of E experts; what stands beside them, ends in a matrix
+    of E rows (or E + 1, where none is a choice) and has no other as narrow, chooses.
+    """
+    found: set[str] = set()
+    for block in blocks:
+        modules = list(model.get_submodule(block).named_modules(prefix=block))
+        for name, module in reversed(modules):  # the innermost first: what stands around it chooses nothing
+            if any(router.startswith(f"{name}.") for router in found):
+                continue
+            counts = {count for child in module.children() if (count := count_experts(child))}
+            deeper = {
+                count for child in module.children() for part in child.children() if (count := count_experts(part))
+            }
+            found.update(f"{name}.{path}" for path in _choosers(module, counts, deeper - counts))
+    return found
+
+
+def count_experts(module: nn.Module) -> int:
+    """How many experts a module holds: alike children, numbered from 0, with layers. 0 where it holds none."""
+    members = [(name, child) for name, child in module.named_children() if re.search(r"(^|_)\d+$", name)]
+    alike = len({type(child) for _, child in members}) == 1
+    if len(members) > 1 and alike and members[0][0].endswith("0") and all(_has_layer(child) for _, child in members):
+        return len(members)
+    return 0
+
+
+def _has_layer(module: nn.Module) -> bool:
+    return any(is_supported_layer(child) for child in module.modules())
+
+
+def _choosers(module: nn.Module, beside: set[int], deeper: set[int]) -> list[str]:
+    """Matrices, by their path in the module, of those of its parts that choose among so many experts.
+
+    beside: numbers of experts that its children hold; deeper: that theirs do, where only a single matrix is believed.
+    """
+    paths = []
+    for name, child in module.named_children() if beside or deeper else ():
+        weights = [(path, p) for path, p in child.named_parameters() if p.dim() == 2]
+        if not weights or count_experts(child) or any(count_experts(part) for part in child.children()):
+            continue
+        wanted = beside if len(weights) > 1 else beside | deeper
+        narrowest = weights[-1][1].shape[0]
+        if narrowest not in wanted | {count + 1 for count in wanted}:
+            continue
+        if all(weight.shape[0] > narrowest for _, weight in weights[:-1]):  # unlike a shared expert of E channels
+            paths += [f"{name}.{path}".removesuffix(".weight") for path, _ in weights]
+    return paths
+
+
+def _check_coverage(model, blocks: list[str], layers: list[LayerInfo], routers: set[str], matrices) -> None:
     """Refuse a model whose block weights are mostly in parameters that no layer covers (fused experts and the like)."""
     covered = {f"{info.name}.weight" for info in layers if info.block}
-    if not blocks or not covered:
-        tree = ", ".join(name for name, _ in model.named_children())
+    if blocks and not covered:
+        unknown = {type(module).__name__ for block in blocks for module in _holders(model.get_submodule(block))}
+        count = sum(1 for _ in block_matrices(model, blocks))
         raise PlanError(
-            f"No quantizable layers found in {type(model).__name__} (children: {tree}): name its blocks with "
-            "to_quant_block_names, or add a handler to SPECIAL_MULTIMODAL_BLOCK in auto_round/special_model_handler.py"
+            f"Quantized 0/{count} layers of {type(model).__name__}: no layer in its blocks is of a known type. "
+            f"Their matrices are in {', '.join(sorted(unknown))}: add the layer's type to SUPPORTED_LAYER_TYPES, or "
+            "its class name to INNER_SUPPORTED_LAYER_TYPES, in auto_round/utils/common.py"
         )
-    total = missed = 0
-    largest: tuple[int, str] = (0, "")
+    if not blocks:
+        raise PlanError(
+            f"No quantizable layers found in {type(model).__name__}. Looked at: {outline(model)}. Name its blocks "
+            "with to_quant_block_names, or add a handler to SPECIAL_MULTIMODAL_BLOCK in "
+            "auto_round/special_model_handler.py"
+        )
+    aliases = tied_layers(model)
+    found = {n: p for n, p in block_matrices(model, blocks) if n.removesuffix(".weight") not in aliases}
+    sizes = {name: p.numel() for name, p in found.items() if name.removesuffix(".weight") not in routers}
+    missed = [name for name in sizes if name not in covered]
+    if not _is_too_much(missed, sizes):
+        return
+    used = set(matrices(missed))
+    sizes = {name: size for name, size in sizes.items() if name in covered or name in used}
+    missed = [name for name in missed if name in used]
+    if _is_too_much(missed, sizes):
+        total, lost = sum(sizes.values()), sum(sizes[name] for name in missed)
+        largest = max(missed, key=sizes.__getitem__)
+        raise PlanError(
+            f"only {100 * (total - lost) / total:.0f} % of the block weights of {type(model).__name__} are in "
+            f"layers that can be quantized; the largest other is {largest} {list(found[largest].shape)}: "
+            "register an unfuser for its module in auto_round/modeling/fused_moe/ (register_replacement), or its "
+            "layer type in auto_round/utils/common.py (SUPPORTED_LAYER_TYPES)"
+        )
+
+
+def _holders(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that own a matrix."""
+    for child in module.modules():
+        if any(parameter.dim() == 2 for parameter in child.parameters(recurse=False)):
+            yield child
+
+
+def _is_too_much(missed: Sequence[str], sizes: Mapping[str, int]) -> bool:
+    return sum(sizes[name] for name in missed) > (1 - MIN_COVERAGE) * sum(sizes.values())
+
+
+def block_matrices(model: nn.Module, blocks: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters in the blocks that are used as matrices: not embeddings, convolutions, or thinner than 32."""
+    seen: set[int] = set()
     for block in blocks:
-        for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
-            if parameter.dim() < 2 or min(parameter.shape[-2:]) < 32:
+        for name, module in model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
                 continue
-            total += parameter.numel()
-            if name not in covered:
-                missed += parameter.numel()
-                largest = max(largest, (parameter.numel(), name))
-    if total and missed > (1 - MIN_COVERAGE) * total:
-        raise PlanError(
-            f"only {100 * (total - missed) / total:.0f} % of the block weights of {type(model).__name__} are in "
-            f"layers that can be quantized; the largest other is {largest[1]} ({largest[0] / 1e6:.1f} M elements): "
-            "register an unfuser for its module in auto_round/modeling/fused_moe/, or its layer type in "
-            "auto_round/utils/common.py"
-        )
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() in (2, 3) and min(parameter.shape[-2:]) >= 32 and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{name}.{own}", parameter
+
+
+def outline(model: nn.Module, depth: int = 2) -> str:
+    """The top of a module tree in one line: `model(embed_tokens: Embedding, layers: ModuleList[2 × Layer])`."""
+    parts = []
+    for name, child in model.named_children():
+        kinds = [type(member).__name__ for member in child.children()]
+        if len(kinds) > 1 and len(set(kinds)) == 1:
+            parts.append(f"{name}: {type(child).__name__}[{len(kinds)} × {kinds[0]}]")
+        elif depth > 1 and kinds:
+            parts.append(f"{name}({outline(child, depth - 1)})")
+        else:
+            parts.append(f"{name}: {type(child).__name__}")
+    return ", ".join(parts)
 
 
 def get_lm_head_name(model: nn.Module) -> str | None:
