@@ -32,6 +32,10 @@ _OWN = (
     "ignore_layers",
     "fp_layers",
     "quant_lm_head",
+    "quant_nontext_module",
+    "processor",
+    "extra_data_dir",
+    "template",
     "to_quant_block_names",
     "disable_opt_rtn",
     "enable_opt_rtn",
@@ -63,7 +67,9 @@ class AutoRound:
         platform, low_gpu_mem_usage, low_cpu_mem_usage, enable_torch_compile: accepted for compatibility; memory is
             bounded by a block in any case, and the tuning loop needs no compiling.
         **kwargs: scheme fields (bits, group_size, sym …), tuning settings (lr, minmax_lr …), `ignore_layers`,
-            `quant_lm_head`, `to_quant_block_names`, `disable_opt_rtn`, `trust_remote_code`, `format`, `model_dtype`.
+            `processor`, `extra_data_dir`, `template` (for calibrating on images or audio with text),
+            `quant_lm_head`, `quant_nontext_module` (vision and audio towers too), `to_quant_block_names`,
+            `disable_opt_rtn`, `trust_remote_code`, `format`, `model_dtype`.
 
     Returns:
         A `Compressor`; there are no `AutoRound` instances.
@@ -109,7 +115,14 @@ class AutoRound:
             seed=seed,
             **{name: kwargs.pop(name) for name in _TUNE if name in kwargs},
         )
-        calib = CalibSettings(dataset, nsamples, seqlen, kwargs.pop("apply_chat_template", False))
+        calib = CalibSettings(
+            dataset,
+            nsamples,
+            seqlen,
+            kwargs.pop("apply_chat_template", False),
+            kwargs.pop("extra_data_dir", None),
+            kwargs.pop("template", None),
+        )
         parsed = parse_scheme(scheme, **fields)
         trust = kwargs.pop("trust_remote_code", False)
         device = pick_device(kwargs.pop("device", None) or device_map)
@@ -131,6 +144,8 @@ class AutoRound:
             ignore_layers=_names(kwargs.get("ignore_layers")) + _names(kwargs.get("fp_layers")),
             to_quant_block_names=kwargs.get("to_quant_block_names"),
             quant_lm_head=kwargs.get("quant_lm_head", False),
+            quant_nontext_module=kwargs.get("quant_nontext_module", False),
+            processor=kwargs.get("processor"),
             algorithm_name=algorithm or kwargs.get("alg_configs"),
             show_progress=kwargs.get("show_progress", True),
             trust_remote_code=trust,
@@ -142,6 +157,11 @@ class AutoRound:
 
 def AutoRoundLLM(*args: Any, **kwargs: Any) -> Compressor:
     """An older name of `AutoRound`."""
+    return AutoRound(*args, **kwargs)
+
+
+def AutoRoundMLLM(*args: Any, **kwargs: Any) -> Compressor:
+    """An older name of `AutoRound`: whether a model takes images or audio is seen from the model and the dataset."""
     return AutoRound(*args, **kwargs)
 
 
@@ -170,6 +190,12 @@ def _open_model(
         parameter = next(model.parameters(), None)
         if parameter is None or parameter.device.type == "meta":
             raise SettingsError("the model given as an object has no weights in memory: give its folder instead")
+        coded = next((n for n, p in model.named_parameters() if p.dtype.itemsize == 1), None)
+        if coded is not None:
+            raise SettingsError(
+                f"the model given as an object holds {coded} in {model.get_parameter(coded).dtype}, whose scales lie "
+                "elsewhere: give its folder instead, from which stored FP8 and FP4 weights are read as floats"
+            )
         model.eval().requires_grad_(False)
         return StreamedModel(model, None, parameter.device), tokenizer, None
     directory = resolve_model_dir(str(model), trust_remote_code)

@@ -81,6 +81,8 @@ class CalibSettings:
     nsamples: int = 128
     seqlen: int = 2048
     apply_chat_template: bool = False
+    extra_data_dir: str | None = None
+    template: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("nsamples", "seqlen"):

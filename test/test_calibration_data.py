@@ -484,7 +484,7 @@ def test_a_loader_is_read_no_further_than_needed():
         ([[]], "give integers"),
         ([[1, 300]], "token id 300, outside the tokenizer's vocabulary of 258"),
         ([[-1]], "token id -1"),
-        ([{"input_ids": [[1]]}, {"pixels": [1]}], 'no "input_ids"; it has pixels'),
+        ([{"input_ids": [[1]]}, {}], "is empty"),
         ({"input_ids": IDS, "pixel_values": torch.ones(3, 2)}, "batch_size=1"),
         (["a", 3], "record 2 holds a int"),
         (3, "cannot be a int"),

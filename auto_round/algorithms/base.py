@@ -20,7 +20,8 @@ class BlockTask:
     """One block to quantize.
 
     layers: full layer name → plan; io: its calibration activations, None where the algorithm needs none;
-    importance: layer name → mean square of each input channel [in]; amp: autocast context of its forward;
+    importance: layer name → mean square of each input channel [in]; sparse: layers that too few tokens reach to tune
+    their rounding; amp: autocast context of its forward;
     on_step: called as (iteration, loss) to show progress.
     """
 
@@ -31,6 +32,7 @@ class BlockTask:
     seed: int
     io: BlockIO | None = None
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    sparse: frozenset[str] = frozenset()
     amp: Callable[[], AbstractContextManager] | None = None
     on_step: Callable[[int, float], None] = lambda step, loss: None
 

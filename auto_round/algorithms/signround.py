@@ -15,7 +15,7 @@ import torch
 from torch.func import functional_call
 
 from auto_round.algorithms.base import BlockTask, oriented
-from auto_round.calibration.block_io import first_tensor, micro_batch
+from auto_round.calibration.block_io import micro_batch
 from auto_round.data_type import data_type
 from auto_round.store import BlockResult
 
@@ -113,23 +113,25 @@ class _Tuner:
         for part in self.io.split(indices, self.micro):
             args, kwargs = self.io.arguments(part)
             with self.task.amp():
-                output = first_tensor(functional_call(self.task.module, replaced, args, kwargs))
+                output = self.io.output(functional_call(self.task.module, replaced, args, kwargs))
             difference = output.float() - self.io.target(part).float()
-            mask = self.io.mask(part)
+            mask = self.io.mask(part, difference)
             if mask is not None:
-                difference = difference * mask.view(*mask.shape, *[1] * (difference.dim() - 2))
+                difference = difference * mask
             error = difference.square().mean(-1).sum()
-            if backward:
+            if backward and error.requires_grad:
                 (error / count).backward()
             total += error.item()
-            tokens += int(mask.sum()) if mask is not None else difference.shape[0] * difference.shape[1]
+            tokens += int(mask.sum()) if mask is not None else difference[..., 0].numel()
         return total / max(tokens, 1)
 
     @torch.no_grad()
     def _descend(self, decay: float) -> None:
         settings = self.task.settings
         rates = {"value": settings.rounding_lr * decay, "clip": settings.clip_lr * decay}
-        for tunable in self.tunables.values():
+        for name, tunable in self.tunables.items():
+            if name in self.task.sparse:
+                continue
             for kind, parameter in tunable.parameters.items():
                 gradient = parameter.grad
                 if settings.momentum:

@@ -1,19 +1,24 @@
-"""What enters and leaves a block during calibration: activations per sample, and the other arguments of its call."""
+"""What an algorithm learns from: a block's arguments for every sample, joined into batches, and the wanted outputs."""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from auto_round.calibration.forwards import Forwards
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+
 
 class Activations:
-    """One tensor per sample, batch dimension of 1 included; in memory, or in a file when they exceed a budget.
+    """One tensor per sample, in memory, or in a file when they exceed a budget.
 
     A file is read and written with ordinary system calls: the operating system's page cache keeps what fits, and
     the process's memory stays bounded by a batch.
@@ -27,18 +32,11 @@ class Activations:
         self._path = file
         self._end = 0
 
-    def __len__(self) -> int:
-        return len(self._tensors)
-
     def put(self, index: int, tensor: torch.Tensor) -> None:
         """Store a sample's tensor, replacing the one before."""
         tensor = tensor.detach()
         if self._file is None:
-            held = self._tensors[index]
-            if held is not None and held.shape == tensor.shape and held.dtype == tensor.dtype:
-                held.copy_(tensor)
-            else:
-                self._tensors[index] = tensor.to(self.device, copy=True)
+            self._tensors[index] = tensor
             return
         flat = tensor.to("cpu").contiguous().view(torch.uint8).reshape(-1).numpy()
         place = self._layout[index]
@@ -57,20 +55,6 @@ class Activations:
         os.preadv(self._file, [view], offset)
         return buffer
 
-    def shape(self, index: int) -> torch.Size:
-        return self._tensors[index].shape if self._file is None else self._layout[index][1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all samples."""
-        return sum(self.get(index).nbytes for index in range(len(self)))
-
-    def batch(self, indices: Sequence[int], dim: int, device: torch.device) -> torch.Tensor:
-        """Samples joined along their batch dimension, on `device`."""
-        tensors = [self.get(index) for index in indices]
-        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
-        return joined.to(device, non_blocking=True)
-
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
@@ -79,93 +63,33 @@ class Activations:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where activations are kept: on the accelerator, in memory up to `budget` bytes, else in a file of `folder`."""
+class Joint:
+    """How samples join into a batch at one block call, found by comparing a call of one row with one of several.
 
-    device: torch.device
-    budget: int
-    folder: Path
+    arguments, outputs: for each leaf the dimension that grows with the batch, None for what all samples share.
+    joins: False where some leaf grows otherwise, or where the block computes something else for a batch; `reason`
+    says so. agrees: a row of the batch's output is what the row alone gives.
+    changes: the block writes into its arguments, so every call needs copies.
+    """
 
-    def new(self, name: str, count: int, nbytes: int) -> Activations:
-        """Room for `count` samples of `nbytes` in all."""
-        if self.device.type != "cpu" or nbytes <= self.budget:
-            return Activations(count, self.device)
-        return Activations(count, self.device, self.folder / f"{name}.activations")
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Marks the argument through which the previous block's output enters."""
+    arguments: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+    joins: bool
+    agrees: bool = True
+    changes: bool = False
+    reason: str = ""
 
 
-@dataclass
-class Shared:
-    """An argument that is a tensor: its distinct values, which one each sample has, and its batch dimension."""
-
-    values: list[torch.Tensor] = field(default_factory=list)
-    of_sample: list[int] = field(default_factory=list)
-    batch_dim: int | None = None
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Record the next sample's value; equal values are stored once."""
-        for position, known in enumerate(self.values):
-            same = known is tensor or (
-                known.shape == tensor.shape and known.dtype == tensor.dtype and torch.equal(known, tensor)
-            )
-            if same:
-                self.of_sample.append(position)
-                return
-        self.of_sample.append(len(self.values))
-        self.values.append(tensor.detach())
-
-    def batch(self, indices: Sequence[int], device: torch.device) -> torch.Tensor:
-        chosen = [self.of_sample[index] for index in indices]
-        first = self.values[chosen[0]]
-        if len(indices) == 1 or (self.batch_dim is None and len(set(chosen)) == 1):
-            return first.to(device)
-        if self.batch_dim is None:
-            raise ValueError("samples differ in an argument that has no batch dimension")
-        if len(set(chosen)) == 1:
-            sizes = [-1] * first.dim()
-            sizes[self.batch_dim] = len(indices)
-            return first.to(device).expand(sizes)
-        return torch.cat([self.values[position] for position in chosen], self.batch_dim).to(device)
-
-
-@dataclass
-class BlockCall:
-    """How a block is called: the tree of its arguments with `Hidden`, `Shared` or plain values as leaves."""
-
-    tree: Any
-    leaves: list[Any]
-
-    def arguments(self, indices: Sequence[int], hidden: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
-        device = hidden.device
-        filled = [
-            hidden if isinstance(leaf, Hidden) else leaf.batch(indices, device) if isinstance(leaf, Shared) else leaf
-            for leaf in self.leaves
-        ]
-        return pytree.tree_unflatten(filled, self.tree)
-
-    @property
-    def batches(self) -> bool:
-        """Whether samples can be joined: no argument differs between samples without a batch dimension."""
-        return all(
-            leaf.batch_dim is not None or len(leaf.values) == 1 for leaf in self.leaves if isinstance(leaf, Shared)
-        )
+def main_tensor(output: Any) -> tuple[int, torch.Tensor]:
+    """The hidden state in a block's output, with its place among the leaves: the first tensor of floats."""
+    for position, leaf in enumerate(pytree.tree_leaves(output)):
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            return position, leaf
+    raise ValueError("the block's output has no tensor of floats")
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """The hidden state in a block's output: the output itself, or the first item of a tuple."""
-    return output if isinstance(output, torch.Tensor) else output[0]
-
-
-def same_length_batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Split sample indices into batches of at most `size` whose samples have one length."""
-    by_length: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(index)
-    return [group[i : i + size] for group in by_length.values() for i in range(0, len(group), size)]
+    return output if isinstance(output, torch.Tensor) else main_tensor(output)[1]
 
 
 MICRO_TOKENS = 1024
@@ -177,39 +101,119 @@ def micro_batch(lengths: Sequence[int], device: torch.device, batch_size: int) -
     return max(1, MICRO_TOKENS // max(lengths)) if device.type == "cpu" else batch_size
 
 
-@dataclass
-class BlockIO:
-    """All samples' activations at one block, with its call; what an algorithm learns from.
+class Inputs:
+    """The arguments of all samples at the block call that their forwards wait at."""
 
-    inputs: what enters the quantized block; targets: what the original block makes of the original inputs.
-    """
+    def __init__(self, forwards: Forwards, joint: Joint):
+        self._forwards, self._joint = forwards, joint
+        self._keys = [self._key(index) for index in range(len(forwards))]
 
-    call: BlockCall
-    inputs: Activations
-    targets: Activations
-    lengths: list[int]
-    masks: list[torch.Tensor | None]
-    hidden_dim: int
-    device: torch.device
-
-    def arguments(self, indices: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
-        hidden = self.inputs.batch(indices, self.hidden_dim, self.device)
-        return self.call.arguments(indices, hidden)
-
-    def target(self, indices: Sequence[int]) -> torch.Tensor:
-        return self.targets.batch(indices, self.hidden_dim, self.device)
-
-    def mask(self, indices: Sequence[int]) -> torch.Tensor | None:
-        """[batch, length] of 0 and 1, or None when every token counts."""
-        chosen = [self.masks[index] for index in indices]
-        if all(mask is None for mask in chosen):
-            return None
-        ones = torch.ones(1, self.lengths[indices[0]])
-        return torch.cat([ones if mask is None else mask.float() for mask in chosen]).to(self.device)
+    def _key(self, index: int) -> Any:
+        """Samples of one key can be joined."""
+        call = self._forwards.call(index)
+        if not self._joint.joins or len(call.leaves) != len(self._joint.arguments):
+            return index
+        shape: list[Any] = [call.tree]
+        for leaf, dim in zip(call.leaves, self._joint.arguments, strict=True):
+            if not isinstance(leaf, torch.Tensor):
+                shape.append(leaf if isinstance(leaf, _PLAIN) else id(leaf))
+            elif dim is None and leaf.numel():
+                shape.append((leaf.data_ptr() or id(leaf), leaf.shape))
+            else:
+                shape.append((leaf.dtype, leaf.shape))
+        return tuple(str(part) for part in shape)
 
     def split(self, indices: Sequence[int], size: int) -> list[list[int]]:
-        """Micro-batches of samples of equal length, in order."""
-        if not self.call.batches:
-            size = 1
-        groups = same_length_batches([self.lengths[index] for index in indices], size)
-        return [[indices[position] for position in group] for group in groups]
+        """Micro-batches of at most `size` samples that can be joined, in order."""
+        groups: dict[Any, list[int]] = {}
+        for index in indices:
+            groups.setdefault(self._keys[index], []).append(index)
+        return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+    def arguments(self, indices: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
+        """(args, kwargs) of one call of the block for these samples; objects that hold state are copies."""
+        call = self._forwards.call(indices[0])
+        columns = zip(*(self._forwards.leaves(index) for index in indices), strict=True)
+        dims = self._joint.arguments if len(indices) > 1 else [None] * len(call.leaves)
+        leaves = [_join(column, dim, self._joint.changes) for column, dim in zip(columns, dims, strict=True)]
+        return pytree.tree_unflatten(leaves, call.tree)
+
+
+def _join(column: tuple, dim: int | None, clone: bool) -> Any:
+    if isinstance(column[0], torch.Tensor) and dim is not None and len(column) > 1:
+        return torch.cat(column, dim)
+    return own_leaf(column[0], clone)
+
+
+def own_leaf(leaf: Any, clone: bool) -> Any:
+    """A leaf for a call that must leave the original as it is: objects that may hold state are copied."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.clone() if clone else leaf
+    return leaf if isinstance(leaf, _PLAIN) or callable(leaf) else copy.deepcopy(leaf)
+
+
+@dataclass
+class BlockIO:
+    """All samples' activations at one block; what an algorithm learns from.
+
+    inputs: what enters the quantized block; targets: what the original block makes of the original inputs.
+    lengths: tokens per sample; masks: per sample [1, length] of 0 and 1, or None.
+    """
+
+    inputs: Inputs
+    targets: Activations
+    joint: Joint
+    main: int
+    lengths: list[int]
+    masks: list[torch.Tensor | None]
+    device: torch.device
+
+    @property
+    def batch_dim(self) -> int:
+        """Of the output's hidden state."""
+        return self.joint.outputs[self.main] or 0 if self.main < len(self.joint.outputs) else 0
+
+    def split(self, indices: Sequence[int], size: int) -> list[list[int]]:
+        return self.inputs.split(indices, size)
+
+    def arguments(self, indices: Sequence[int]) -> tuple[tuple, dict[str, Any]]:
+        return self.inputs.arguments(indices)
+
+    def output(self, output: Any) -> torch.Tensor:
+        """The hidden state of a block's output."""
+        return pytree.tree_leaves(output)[self.main]
+
+    def target(self, indices: Sequence[int]) -> torch.Tensor:
+        tensors = [self.targets.get(index) for index in indices]
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors, self.batch_dim)
+        return joined.to(self.device, non_blocking=True)
+
+    def mask(self, indices: Sequence[int], like: torch.Tensor) -> torch.Tensor | None:
+        """0 and 1 for the tokens of a hidden state, in a shape that multiplies it; None when every token counts."""
+        chosen = [self.masks[index] for index in indices]
+        tokens = self.batch_dim + 1
+        if all(mask is None for mask in chosen) or like.dim() <= tokens:
+            return None
+        length = like.shape[tokens]
+        if any(self.lengths[index] != length for index in indices):
+            return None
+        ones = torch.ones(1, length)
+        joined = torch.cat([ones if mask is None else mask.float() for mask in chosen]).to(like.device)
+        shape = [1] * like.dim()
+        shape[self.batch_dim], shape[tokens] = len(indices), length
+        return joined.view(shape)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where activations are kept: on the accelerator, in memory up to `budget` bytes, else in a file of `folder`."""
+
+    device: torch.device
+    budget: int
+    folder: Path
+
+    def spills(self, nbytes: int) -> bool:
+        return self.device.type == "cpu" and nbytes > self.budget
+
+    def file(self, name: str) -> Path:
+        return self.folder / f"{name}.activations"

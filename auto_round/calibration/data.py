@@ -129,7 +129,11 @@ def _is_text_list(dataset: Any) -> bool:
     if not dataset:
         raise CalibrationDataError("The list of calibration data is empty; pass at least one text or sample.")
     first = dataset[0]
-    return isinstance(first, str) or (isinstance(first, Mapping) and "input_ids" not in first)
+    if isinstance(first, Mapping):
+        return not any(isinstance(value, (torch.Tensor, np.ndarray)) for value in (*first.values(), None)) and (
+            "input_ids" not in first
+        )
+    return isinstance(first, str)
 
 
 def _uses_template(source: Any, default: bool) -> bool:
@@ -207,15 +211,16 @@ def _record_messages(where: str, record: Any) -> list[dict[str, Any]]:
     if isinstance(record, Mapping):
         field = next((name for name in MESSAGE_FIELDS if name in record), None)
         if field is not None:
-            return _normal_messages(where, record[field])
+            return normal_messages(where, record[field])
         if "prompt" in record and "response" in record:
             roles = {"user": record["prompt"], "assistant": record["response"]}
-            return _normal_messages(where, [{"role": role, "content": text} for role, text in roles.items()])
+            return normal_messages(where, [{"role": role, "content": text} for role, text in roles.items()])
     text = _record_text(where, record)
     return [{"role": "user", "content": text}] if text.strip() else []
 
 
-def _normal_messages(where: str, messages: Any) -> list[dict[str, Any]]:
+def normal_messages(where: str, messages: Any) -> list[dict[str, Any]]:
+    """A conversation with the keys and role names of Transformers."""
     normal = []
     for message in messages if isinstance(messages, (list, tuple)) else [None]:
         role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
@@ -311,7 +316,7 @@ def _pack_sources(sources: Sequence[Any], request: _Request) -> CalibrationData:
     if asked < request.nsamples:
         notes.append(f"num= limits the samples to {asked}; {request.nsamples} were asked for")
     samples = [_id_sample(ids) for ids in whole]
-    return _finish(samples, [_id_sample(ids) for ids in _cut(fresh, seqlen)], label, request.holdout, notes)
+    return finish(samples, [_id_sample(ids) for ids in _cut(fresh, seqlen)], label, request.holdout, notes)
 
 
 def _source_notes(source: Any, share: int) -> list[str]:
@@ -332,9 +337,10 @@ def _id_sample(ids: list[int]) -> Sample:
     return {"input_ids": torch.tensor([ids], dtype=torch.int64)}
 
 
-def _finish(
+def finish(
     samples: list[Sample], fresh: list[Sample], source: str, holdout: int, notes: Sequence[str]
 ) -> CalibrationData:
+    """Samples, and fresh ones to keep back, with their digest and number of tokens."""
     notes = list(notes)
     held_out = fresh[:holdout]
     if holdout and not held_out:
@@ -344,8 +350,11 @@ def _finish(
         notes.append(f"{len(held_out)} samples could be kept back; {holdout} were asked for")
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(sample["input_ids"].cpu().numpy().astype("<i8").tobytes())
-    tokens = sum(sample["input_ids"].numel() for sample in samples)
+        if is_token_sample(sample):
+            digest.update(sample["input_ids"].cpu().numpy().astype("<i8").tobytes())
+        for key in sorted(set(sample) - {"input_ids"} if is_token_sample(sample) else sample):
+            digest.update(key.encode() + sample[key].contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+    tokens = sum(sample["input_ids"].numel() for sample in samples if "input_ids" in sample)
     return CalibrationData(tuple(samples), source, tokens, digest.hexdigest(), tuple(notes), tuple(held_out))
 
 
@@ -366,32 +375,35 @@ def _take_given(dataset: Any, tokenizer: Any, seqlen: int, nsamples: int, holdou
             "give a path, a data set name, a list of texts or samples, or a data loader."
         )
     vocabulary = _vocabulary_size(tokenizer)
-    batches = (_as_batch(item, f"Calibration sample {index + 1}") for index, item in enumerate(dataset))
-    stream = chain.from_iterable(_split_batch(batch, f"Batch {index + 1}") for index, batch in enumerate(batches))
+    batches = (as_batch(item, f"Calibration sample {index + 1}") for index, item in enumerate(dataset))
+    stream = chain.from_iterable(split_batch(batch, f"Batch {index + 1}") for index, batch in enumerate(batches))
     taken = list(islice(stream, nsamples + holdout))
     if not taken:
         raise CalibrationDataError(f"The calibration data ({label}) is empty; give at least one sample.")
     for index, sample in enumerate(taken):
-        _check_ids(sample["input_ids"], vocabulary, f"Calibration sample {index + 1}")
+        if is_token_sample(sample):
+            _check_ids(sample["input_ids"], vocabulary, f"Calibration sample {index + 1}")
     notes = []
-    longer = sum(sample["input_ids"].shape[-1] > seqlen for sample in taken)
+    longer = sum(is_token_sample(sample) and sample["input_ids"].shape[-1] > seqlen for sample in taken)
     if longer:
         notes.append(f"{longer} samples were longer than {seqlen} tokens and were cut to them")
     if len(taken) < nsamples:
         notes.append(f"{len(taken)} samples were given; {nsamples} were asked for")
     taken = [_truncate(sample, seqlen) for sample in taken]
-    return _finish(taken[:nsamples], taken[nsamples:], label, holdout, notes)
+    return finish(taken[:nsamples], taken[nsamples:], label, holdout, notes)
 
 
-def _as_batch(item: Any, where: str) -> Sample:
+def as_batch(item: Any, where: str) -> Sample:
     """One element of the data as tensors with a leading batch dimension, "input_ids" [B, L] among them."""
     if isinstance(item, (list, tuple)) and item and isinstance(item[0], (torch.Tensor, np.ndarray, Mapping)):
         item = item[0]  # (input_ids, labels, ...): what follows the ids is for training
     if not isinstance(item, Mapping):
         item = {"input_ids": item}
-    elif "input_ids" not in item:
-        raise CalibrationDataError(f'{where} has no "input_ids"; it has {", ".join(map(str, item)) or "nothing"}.')
     batch = {key: _as_tensor(value, f"{where}, {key!r}") for key, value in item.items() if value is not None}
+    if not batch:
+        raise CalibrationDataError(f"{where} is empty.")
+    if not is_token_sample(batch):
+        return batch  # what else a model takes (audio, code books) is passed on as it is
     ids = batch["input_ids"]
     if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2) or ids.numel() == 0:
         raise CalibrationDataError(
@@ -403,6 +415,11 @@ def _as_batch(item: Any, where: str) -> Sample:
     return batch
 
 
+def is_token_sample(sample: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a sample is made of token ids [L] or [B, L], which can be counted, split and cut."""
+    return "input_ids" in sample and sample["input_ids"].dim() < 3
+
+
 def _as_tensor(value: Any, where: str) -> torch.Tensor:
     try:
         return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
@@ -412,8 +429,9 @@ def _as_tensor(value: Any, where: str) -> torch.Tensor:
         ) from error
 
 
-def _split_batch(batch: Sample, where: str) -> list[Sample]:
-    size = batch["input_ids"].shape[0]
+def split_batch(batch: Sample, where: str) -> list[Sample]:
+    """Samples of one row, of tensors that agree on the number of rows."""
+    size = batch["input_ids"].shape[0] if is_token_sample(batch) else 1
     if size == 1:
         return [batch]
     odd = [key for key, value in batch.items() if value.dim() and value.shape[0] != size]
@@ -426,7 +444,7 @@ def _split_batch(batch: Sample, where: str) -> list[Sample]:
 
 
 def _truncate(sample: Sample, seqlen: int) -> Sample:
-    length = sample["input_ids"].shape[-1]
+    length = sample["input_ids"].shape[-1] if is_token_sample(sample) else 0
     if length <= seqlen:
         return sample
     return {key: _truncate_tensor(value, length, seqlen) for key, value in sample.items()}

@@ -17,31 +17,27 @@ from torch import nn
 from auto_round import __version__
 from auto_round.algorithms import algorithm
 from auto_round.algorithms.base import BlockTask, put_weights, relative_name
-from auto_round.calibration.block_io import Placement, first_tensor
-from auto_round.calibration.capture import (
-    Captured,
-    NativeRun,
-    capture,
-    check_arguments,
-    check_output,
-    record_calls,
-    run_native,
-)
+from auto_round.calibration.block_io import Placement
+from auto_round.calibration.feed import complete_sample, random_text, vocabulary_size
+from auto_round.calibration.forwards import ReplayError
+from auto_round.calibration.native import NativeRun, run_native
+from auto_round.compressors.adapt import find_blocks, plan_model
 from auto_round.compressors.chain import Chain, importance_of
+from auto_round.compressors.experts import FLOOR, expert_tokens, rarely_used, shared_importance
 from auto_round.compressors.saving import folder_name, prepare_output, save
 from auto_round.formats import make_format
 from auto_round.formats.export import planned_bytes
 from auto_round.logger import logger
-from auto_round.modeling.fused_moe.replace_modules import apply_replacements
 from auto_round.modeling.streaming import StreamedModel
-from auto_round.plan import OUTSIDE, LayerPlan, ModelPlan, make_plan
+from auto_round.plan import OUTSIDE, LayerPlan
 from auto_round.progress import RunProgress
 from auto_round.schemes import QuantizationScheme
 from auto_round.settings import CalibSettings, TuneSettings, describe
 from auto_round.special_model_handler import _handle_special_model
 from auto_round.store import BlockResult, Store
+from auto_round.tied import put_tied
 from auto_round.utils.device import peak_memory_mb
-from auto_round.utils.model import find_layers, get_block_names, get_lm_head_name, select_blocks
+from auto_round.utils.model import get_lm_head_name
 from auto_round.wrapper import attach_qparams
 
 CHECK_SAMPLES = 4
@@ -76,13 +72,16 @@ class Compressor:
         ignore_layers: Sequence[str] = (),
         to_quant_block_names: str | Sequence | None = None,
         quant_lm_head: bool = False,
+        quant_nontext_module: bool = False,
+        processor: Any = None,
         algorithm_name: str | None = None,
         activation_budget: int = ACTIVATION_BUDGET,
         show_progress: bool = True,
         trust_remote_code: bool = False,
         name: str = "model",
     ):
-        self.streamed, self.tokenizer, self.source_dir = streamed, tokenizer, source_dir
+        self.streamed, self.tokenizer, self.processor = streamed, tokenizer, processor
+        self.source_dir = source_dir
         self.scheme, self.tune, self.calibration = scheme, tune, calib
         self.algorithm_name = algorithm_name or ("signround" if tune.iters else "rtn")
         self.activation_budget, self.show_progress = activation_budget, show_progress
@@ -94,22 +93,23 @@ class Compressor:
         self.times: dict[str, float] = {}
         self.import_memory_mb = peak_memory_mb()
         self.model = _handle_special_model(streamed.model)
-        apply_replacements(self.model)
-        self.plan = self._make_plan(layer_config, ignore_layers, to_quant_block_names, quant_lm_head)
-        streamed.set_blocks(self.plan.block_names)
         self.data = None
+        stacks, note = find_blocks(streamed, to_quant_block_names, quant_nontext_module, self.amp, self._first_sample)
+        self.warnings += [note] if note else []
+        self.plan = plan_model(streamed, stacks, scheme, layer_config, ignore_layers, quant_lm_head, self.amp)
+        head = get_lm_head_name(self.model)
+        if quant_lm_head and head is not None and self.plan.layers[head].info.tied:
+            self.warnings.append(f"{head} stays as it is: {self.plan.layers[head].reason}")
         self.native: NativeRun | None = None
-        self._captured: Captured | None = None
+        self._chain: Chain | None = None
         self._store: Store | None = None
 
-    def _make_plan(self, layer_config, ignore_layers, wanted_blocks, quant_lm_head) -> ModelPlan:
-        stacks = select_blocks(get_block_names(self.model), wanted_blocks)
-        layers = find_layers(self.model, stacks)
-        head = get_lm_head_name(self.model)
-        plan = make_plan(layers, stacks, self.scheme, layer_config, ignore_layers, head, quant_lm_head)
-        if quant_lm_head and head is not None and plan.layers[head].info.tied:
-            self.warnings.append(f"{head} stays as it is: {plan.layers[head].reason}")
-        return plan
+    def _first_sample(self) -> dict[str, torch.Tensor] | None:
+        """A calibration sample, where the samples came ready."""
+        if self.calibration.dataset is None or isinstance(self.calibration.dataset, str):
+            return None
+        self.load_data()
+        return self.samples[0]
 
     # ---- attributes people read ------------------------------------------------------------------------------
 
@@ -155,45 +155,93 @@ class Compressor:
     def load_data(self) -> None:
         """Read the calibration text, and the text on which original and result are compared at the end."""
         from auto_round.calibration.data import build_calibration
+        from auto_round.calibration.feed_mllm import build_multimodal, is_multimodal_dataset, load_processor
 
         if self.data is not None:
             return
-        self.data = build_calibration(
-            self.calibration.dataset,
-            self.tokenizer,
-            seqlen=self._seqlen(),
-            nsamples=self.calibration.nsamples if self.tune.needs_data else 1,
-            seed=self.tune.seed,
-            apply_chat_template=self.calibration.apply_chat_template,
-            holdout=CHECK_SAMPLES,
-        )
+        wanted = self.calibration
+        common = {
+            "seqlen": self._seqlen(),
+            "nsamples": wanted.nsamples if self.tune.needs_data else 1,
+            "seed": self.tune.seed,
+            "holdout": CHECK_SAMPLES,
+        }
+        if is_multimodal_dataset(wanted.dataset):
+            processor = self.processor
+            if processor is None and self.source_dir is not None:
+                processor = load_processor(self.source_dir, self.trust_remote_code)
+            extra = {"extra_data_dir": wanted.extra_data_dir, "template": wanted.template}
+            self.data = build_multimodal(wanted.dataset, processor, **common, **extra)
+        else:
+            chat = wanted.apply_chat_template
+            self.data = build_calibration(wanted.dataset, self.tokenizer, apply_chat_template=chat, **common)
         self.warnings.extend(self.data.notes)
+
+    @property
+    def samples(self) -> list[dict[str, torch.Tensor]]:
+        """Calibration samples as the model takes them."""
+        return [complete_sample(self.model, sample) for sample in self.data.samples]
 
     def _seqlen(self) -> int:
         config = getattr(self.model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
         limits = [getattr(config, "max_position_embeddings", None), getattr(self.tokenizer, "model_max_length", None)]
-        return min([self.calibration.seqlen, *(limit for limit in limits if limit)])
+        return min([self.calibration.seqlen, *(limit for limit in limits if limit and limit > 0)])
 
     def check_batch(self) -> dict[str, torch.Tensor]:
         """A few held-out samples, cut to one length, so small that their logits fit in memory."""
-        config = getattr(self.model, "config", None)
-        vocabulary = getattr(config, "vocab_size", None) or 32000
+        vocabulary = vocabulary_size(self.model)
         tokens = max(CHECK_SAMPLES * 16, min(CHECK_TOKENS, CHECK_LOGIT_BYTES // (4 * vocabulary)))
-        if self.tokenizer is None and self.data is None:
-            generator = torch.Generator().manual_seed(self.tune.seed)
-            return {"input_ids": torch.randint(0, vocabulary, (CHECK_SAMPLES, 32), generator=generator)}
+        if self.tokenizer is None and self.data is None and not self.tune.needs_data:
+            return random_text(self.model, CHECK_SAMPLES, 32, self.tune.seed)
         self.load_data()
         samples = self.data.held_out or self.data.samples[:CHECK_SAMPLES]
+        if any(set(sample) - {"input_ids", "attention_mask"} for sample in samples):
+            return complete_sample(self.model, samples[0])  # images and the like: samples cannot be cut
         length = min(tokens // CHECK_SAMPLES, *(sample["input_ids"].shape[1] for sample in samples))
-        return {"input_ids": torch.cat([sample["input_ids"][:, :length] for sample in samples])}
+        ids = torch.cat([sample["input_ids"][:, :length] for sample in samples])
+        return complete_sample(self.model, {"input_ids": ids})
 
     def observe_original(self) -> NativeRun:
-        """Run the original once on the check batch: what the artifact will be compared with."""
+        """Run the original once on the check batch: what the artifact will be compared with.
+
+        Raises:
+            ReplayError: a block called on its own does not compute what it computes in the model's forward.
+        """
         if self.native is None:
-            self.native = run_native(self.streamed, self.plan.block_names, self.check_batch(), self.amp)
+            self.native = self._run_native(self.check_batch())
+            self.streamed.forget_originals()
             if not torch.isfinite(self.native.logits).all():
                 raise ValueError(f"the original model gives logits that are not finite: {self._first_bad_tensor()}")
+            self._note_native()
         return self.native
+
+    def _run_native(self, batch: Mapping[str, torch.Tensor]) -> NativeRun:
+        """The original's forward; in the dtype it is stored in where its code cannot run in half precision."""
+        try:
+            return run_native(self.streamed, self.streamed.blocks, batch, self.amp)
+        except RuntimeError as error:
+            if isinstance(error, ReplayError) or not self._autocasts:
+                raise
+            self.tune = dataclasses.replace(self.tune, amp=False)
+            self.warnings.append(f"blocks run in the stored dtype: in bfloat16 the model's forward fails ({error})")
+            return run_native(self.streamed, self.streamed.blocks, batch, self.amp)
+
+    @property
+    def _autocasts(self) -> bool:
+        return not isinstance(self.amp(), contextlib.nullcontext)
+
+    def _note_native(self) -> None:
+        missed = [block for block in self.plan.block_names if block not in self.native.blocks]
+        if missed:
+            self.warnings.append(
+                f"{len(missed)} blocks ({missed[0]} …) are not reached by the calibration text: they are rounded to "
+                "nearest with searched scales"
+            )
+        alone = {block: joint.reason for (block, _), joint in self.native.joints.items() if not joint.joins}
+        if alone and len(self.native.batch) and next(iter(self.native.batch.values())).shape[0] > 1:
+            block, reason = next(iter(alone.items()))
+            logger.info("samples pass one by one through %d blocks (%s: %s)", len(alone), block, reason)
 
     def _first_bad_tensor(self) -> str:
         for block in self.plan.block_names:
@@ -216,12 +264,19 @@ class Compressor:
         began = time.monotonic()
         self.load_data()
         native = self.observe_original()
-        replay = record_calls(self.streamed, native, native.batch, self.amp)
-        check_arguments(native, replay)
         if self._store is None:
             self._open_store(None)
-        self._captured = capture(self.streamed, native, self.data.samples, self.amp, self._placement())
-        self._replay = replay
+        if self._chain is not None:
+            self._chain.close()
+        self._chain = Chain(
+            self.model,
+            native,
+            self.samples,
+            self._placement(),
+            self.amp,
+            self.tune.batch_size,
+            self.tune.enable_quanted_input,
+        )
         self.times["calibrate"] = time.monotonic() - began
 
     # ---- tune ------------------------------------------------------------------------------------------------
@@ -229,54 +284,76 @@ class Compressor:
     def _quantize_blocks(self) -> None:
         """Quantize every block in order into the store, continuing where an earlier run stopped."""
         store = self._store or self._open_store(None)
-        chain = self._chain() if self._captured is not None else None
         began = time.monotonic()
         resumed = sum(store.has(block) for block in self.plan.block_names)
         if resumed:
             logger.info("continuing an earlier run: %d of %d blocks are done", resumed, len(self.plan.block_names))
         try:
             with RunProgress(len(self.plan.block_names), self.tune.iters, self.show_progress) as progress:
-                for number, block in enumerate(self.plan.block_names):
-                    self._quantize_block(number, block, chain, store, progress)
+                done = self._follow_chain(store, progress) if self._chain is not None else []
+                for block in self.plan.block_names:
+                    if block not in done:
+                        with self.streamed.loaded(block) as module:
+                            self._quantize_block(block, module, store, progress)
                 self._quantize_outside(store)
+            logger.info(self.plan.summary())
+            self._note_experts()
         finally:
-            if chain is not None:
-                chain.close()
+            if self._chain is not None:
+                self._chain.close()
+                self._chain = None
         self.times["tune"] = time.monotonic() - began
 
-    def _chain(self) -> Chain:
-        masks = [sample.get("attention_mask") for sample in self.data.samples]
-        masks = [None if mask is None or bool(mask.all()) else mask for mask in masks]
-        self._check_hidden = self._replay[self.plan.block_names[0]].leaves[
-            self._replay[self.plan.block_names[0]].hidden
-        ]
-        return Chain(self._captured, masks, self.device, self.amp, self._placement())
+    def _note_experts(self) -> None:
+        """Say how many experts the calibration text hardly reached."""
+        seen = [block["experts"] for block in self.block_log if block.get("experts")]
+        rare, total = sum(one["below_floor"] for one in seen), sum(one["experts"] for one in seen)
+        if rare:
+            self.warnings.append(
+                f"{rare} of {total} experts got fewer than {FLOOR} calibration tokens: they are rounded with scales "
+                "searched on what all experts of their block are given; more samples (nsamples) reach more of them"
+            )
+
+    def _follow_chain(self, store: Store, progress) -> list[str]:
+        """Quantize the blocks that the samples come through, at their first call; returns their names."""
+        chain, done = self._chain, []
+        originals: dict[str, dict[str, torch.Tensor]] = {}  # of blocks that are called again
+        often = {block for block, turn in self.native.places if turn}
+        while chain.place is not None:
+            block, turn = chain.place
+            with self.streamed.loaded(block) as module:
+                if not self.streamed.is_streamed and block in often:
+                    _restore(module, originals.setdefault(block, _copy(module)))
+                modules = {name: self.model.get_submodule(name) for name in self.plan.quantized(block)}
+                with importance_of(modules if turn == 0 else {}) as seen:
+                    chain.observe(module)
+                layers = self.plan.quantized(block)
+                if turn == 0 and block in self.plan.block_names:
+                    self._quantize_block(block, module, store, progress, seen)
+                    done.append(block)
+                elif layers:
+                    put_weights(module, block, store.load(block, layers).tensors, layers)
+                put_tied(self.model, self.plan, store, block)
+                chain.advance(module)
+        return done
 
     def _placement(self) -> Placement:
         return Placement(self.device, self.activation_budget, self._store.folder)
 
-    def _quantize_block(self, number: int, block: str, chain: Chain | None, store: Store, progress) -> None:
+    def _quantize_block(self, block: str, module: nn.Module, store: Store, progress, seen=None) -> None:
+        """Find or recover a block's codes, and leave its weights dequantized.
+
+        seen: what entered its layers, if samples come through the block; without, it is rounded to nearest.
+        """
         layers = self.plan.quantized(block)
-        with self.streamed.loaded(block) as module:
-            importance = {}
-            if chain is not None:
-                self._check_replay(block, module)
-                chain.keep_inputs()
-                modules = {name: self.model.get_submodule(name) for name in layers}
-                with importance_of(modules) as importance:
-                    chain.advance(block, module, chain.clean, self.tune.batch_size)
-            result = store.recover(block, layers)
-            recovered = result is not None
-            if result is None:
-                result = self._run_algorithm(number, block, module, layers, chain, importance, progress)
-                store.save(block, result)
-            if chain is not None or not self.streamed.is_streamed:
-                put_weights(module, block, result.tensors, layers)
-            if chain is not None and number + 1 < len(self.plan.block_names):
-                if self.tune.enable_quanted_input:
-                    chain.advance(block, module, chain.noisy, self.tune.batch_size)
-                else:
-                    chain.copy_clean()
+        number = len(self.block_log)
+        result = store.recover(block, layers)
+        recovered = result is not None
+        if result is None:
+            result = self._run_algorithm(number, block, module, layers, seen, progress)
+            store.save(block, result)
+        if seen is not None or not self.streamed.is_streamed:
+            put_weights(module, block, result.tensors, layers)
         self.block_log.append(
             {
                 "name": block,
@@ -286,21 +363,12 @@ class Compressor:
                 "losses": result.losses,
                 "note": result.note,
                 "resumed": recovered,
+                "experts": expert_tokens(layers, seen) if seen is not None else None,
             }
         )
         progress.block(number, block, _outcome(result, layers, recovered))
 
-    def _check_replay(self, block: str, module: nn.Module) -> None:
-        """Run the check batch through the block as captured, and compare with the model's own forward."""
-        call = self._replay[block]
-        leaves = list(call.leaves)
-        leaves[call.hidden] = self._check_hidden
-        args, kwargs = torch.utils._pytree.tree_unflatten(leaves, call.tree)
-        with torch.no_grad(), self.amp():
-            self._check_hidden = first_tensor(module(*args, **kwargs))
-        check_output(self.native, block, self._check_hidden)
-
-    def _run_algorithm(self, number, block, module, layers, chain, importance, progress) -> BlockResult:
+    def _run_algorithm(self, number, block, module, layers, seen, progress) -> BlockResult:
         _check_finite(module, block, layers)
         task = BlockTask(
             name=block,
@@ -308,12 +376,13 @@ class Compressor:
             layers=layers,
             settings=self.tune,
             seed=int.from_bytes(hashlib.sha256(f"{self.tune.seed}:{block}".encode()).digest()[:8], "big"),
-            io=chain.io(block) if chain is not None else None,
-            importance=importance,
+            io=self._chain.io() if seen is not None else None,
+            importance=shared_importance(layers, seen or {}),
+            sparse=frozenset(rarely_used(layers, seen)) if seen is not None else frozenset(),
             amp=self.amp,
             on_step=lambda step, loss: progress.step(number, block, step, loss),
         )
-        return algorithm(self.algorithm_name)(task)
+        return algorithm(self.algorithm_name if seen is not None else "rtn")(task)
 
     def _quantize_outside(self, store: Store) -> None:
         """Layers outside the blocks (an lm_head): rounded to nearest with searched scales."""
@@ -437,6 +506,16 @@ def _outcome(result: BlockResult, layers: Mapping[str, LayerPlan], recovered: bo
     if result.start_loss is not None:
         text += f", loss {result.start_loss:.4g} -> {result.final_loss:.4g}"
     return f"{text}; {result.note}" if result.note else text
+
+
+def _copy(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def _restore(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])
 
 
 def _check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -12,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round.calibration.feed import sample_length
+from auto_round.calibration.native import no_cache, run_logits
 from auto_round.formats.base import ExportFormat
-from auto_round.formats.export import Ledger, large_kept, publish, stem_of, write_folder
+from auto_round.formats.export import Ledger, is_plain, large_kept, publish, write_folder
+from auto_round.formats.parts import pieces, read_pieces, refused_layers, stem_of
 from auto_round.formats.writer import write_json
 from auto_round.logger import logger
 from auto_round.report import render_html
 from auto_round.schemes import QuantizationScheme
 from auto_round.store import Store
 from auto_round.utils.device import device_peak_mb, peak_memory_mb
+from auto_round.utils.model import auto_class_name, load_model
 from auto_round.verify import (
     RELOAD_LIMIT,
     Artifact,
@@ -30,8 +35,10 @@ from auto_round.verify import (
     kept_problem,
     layout_problem,
     logit_distance,
+    pieces_problem,
     reload_problem,
 )
+from auto_round.verify_packed import reader_missing
 
 if TYPE_CHECKING:
     from auto_round.compressors.base import Compressor
@@ -94,7 +101,7 @@ def save(
         raise
     run.times["export"] = time.monotonic() - began
     began = time.monotonic()
-    checks = verify(run, store, ledger, partial)
+    checks = verify(run, store, ledger, partial, is_plain(fmt))
     run.times["verify"] = time.monotonic() - began
     checks.raise_if_failed(partial)
     run.report = make_report(run, fmt, final, partial, ledger, checks)
@@ -113,22 +120,30 @@ def _recorded(run: Compressor) -> dict[str, Any]:
     return settings
 
 
-def verify(run: Compressor, store: Store, ledger: Ledger, folder: Path) -> Verification:
-    """All checks on a written folder that the run's own knowledge allows."""
+def verify(run: Compressor, store: Store, ledger: Ledger, folder: Path, plain: bool = False) -> Verification:
+    """All checks on a written folder that the run's own knowledge allows. plain: it is an ordinary checkpoint."""
     result = Verification()
     artifact = Artifact.open(folder)
     stems = {name: stem_of(run.streamed, name) for name in run.plan.quantized()}
+    refused = refused_layers(run.streamed, run.plan) if plain else {}
     result.add("ledger", None, ", ".join(f"{n} {fate}" for fate, n in ledger.counts().items() if n))
     result.add("layout", layout_problem(artifact), "index, headers and configuration agree")
     result.add(
         "reloaded = quantized",
-        next(filter(None, (codes_problem(artifact, run.plan, store, stems, part) for part in run.plan.parts)), None),
+        next(filter(None, (codes_problem(artifact, run.plan, store, stems, p, refused) for p in run.plan.parts)), None),
         f"{len(stems)} layers read back bit for bit",
     )
     kept = ledger.of("kept")
     result.add("kept = source", kept_problem(artifact, run.streamed, kept), f"{len(kept)} tensors byte for byte")
-    if run.block_log and run.tune.needs_data:
-        result.add("replay = model", None, f"{len(run.plan.block_names)} blocks")
+    loose = pieces(run.streamed, run.plan, plain)
+    if loose:
+        problem = pieces_problem(artifact, read_pieces(run.streamed, run.plan, store, plain))
+        result.add("parts = source", problem, f"{len(loose)} parts of fused tensors")
+    native = run.observe_original()
+    result.add("replay = model", None, f"{len(native.blocks)} blocks, each run again on the same arguments")
+    if run.streamed.replaced:
+        detail = f"{len(run.streamed.replaced)} modules, at most {native.replacement_error:.1e} apart"
+        result.add("unfused = fused", None, detail)
     _verify_logits(run, store, result, artifact)
     return result
 
@@ -144,22 +159,27 @@ def _verify_logits(run: Compressor, store: Store, result: Verification, artifact
         size, limit = artifact.checkpoint.nbytes >> 20, RELOAD_LIMIT >> 20
         run.warnings.append(f"Transformers was not made to load the result: {size} MiB, the check stops at {limit} MiB")
         return
+    missing = reader_missing(artifact.quantization)
+    if missing is not None:
+        logger.warning(missing)
+        run.warnings.append(missing)
+        return
     if not run.streamed.is_streamed:
         logits, result.kl, result.top1 = _reloaded_logits(run, artifact, native)
         finite = bool(torch.isfinite(logits).all())
         result.add("loads in Transformers", None if finite else "its logits are not finite", "logits are finite")
         return
+    # Transformers computes in the dtype that is stored: so do we, or rounding sends tokens to other experts.
+    logits = artifact_logits(run.streamed, run.plan, store, native.batch, contextlib.nullcontext)
     problem = reload_problem(artifact.folder, native.batch, logits, run.trust_remote_code)
     result.add("loads in Transformers", problem, "logits of the reloaded model are the quantized model's")
 
 
 def _reloaded_logits(run: Compressor, artifact: Artifact, native) -> tuple[torch.Tensor, float, float]:
     """A model that came as an object is compared through the reloaded artifact: its own weights are not touched."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(artifact.folder, dtype="auto", trust_remote_code=run.trust_remote_code)
-    with torch.no_grad():
-        logits = model(**native.batch).logits
+    model = load_model(artifact.folder, run.trust_remote_code)
+    with no_cache(model):
+        logits = run_logits(model, native.batch, "cpu")
     return logits, *logit_distance(native.logits, logits)
 
 
@@ -173,6 +193,7 @@ def make_report(
     large = large_kept(ledger, run.streamed)
     return {
         "model": str(run.source_dir or run.name),
+        "auto_class": auto_class_name(run.model.config) if hasattr(run.model, "config") else "AutoModelForCausalLM",
         "scheme": run.scheme.to_dict(),
         "format": fmt.name,
         "folder": str(final),
@@ -218,7 +239,7 @@ def _data(run: Compressor) -> dict[str, Any] | None:
         "source": data.source,
         "samples": len(data.samples),
         "tokens": data.tokens,
-        "seqlen": max(sample["input_ids"].shape[1] for sample in data.samples),
+        "seqlen": max(sample_length(sample) for sample in data.samples),
         "sha256": data.sha256,
         "notes": list(data.notes),
     }

@@ -1,0 +1,123 @@
+"""From a model to the plan of a run: which blocks, which layers in them, and what becomes of each."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from auto_round.calibration.discover import called_blocks, executed_stacks, used_as_matrices
+from auto_round.calibration.forwards import Amp, Batch
+from auto_round.formats.parts import stem_of
+from auto_round.modeling.blocks import find_stacks, get_block_names
+from auto_round.modeling.streaming import StreamedModel
+from auto_round.plan import ModelPlan, make_plan
+from auto_round.schemes import QuantizationScheme
+from auto_round.special_model_handler import model_traits
+from auto_round.utils.model import find_layers, find_routers, get_lm_head_name, select_blocks
+
+
+def find_blocks(
+    streamed: StreamedModel,
+    wanted: str | Sequence | None,
+    nontext: bool,
+    amp: Amp,
+    sample: Callable[[], Batch | None],
+) -> tuple[list[list[str]], str]:
+    """Stacks of blocks to quantize: those that a forward over text calls, in that order, and towers if asked for.
+
+    Every stack is made to stream, also one that is not quantized: memory stays bounded by a block.
+
+    Args:
+        wanted: `to_quant_block_names`. nontext: whether towers that text does not reach count.
+        sample: gives a calibration sample, asked for where the model does not run on text.
+
+    Returns:
+        (stacks, what a person should know, or nothing).
+    """
+    model = streamed.model
+    handler = model_traits(model).block_handler
+    handled = handler(model, nontext) if handler is not None else []
+    stacks = find_stacks(model)
+    chosen = select_blocks(stacks, wanted) if wanted else handled
+    named = [name for stack in chosen for name in stack]
+    others = [name for stack in stacks for name in stack if not any(_overlap(name, other) for other in named)]
+    streamed.set_blocks([*named, *others])
+    if chosen:
+        return chosen, ""
+    if len(stacks) < 2:
+        return get_block_names(model, nontext), ""
+    called, error = _called(streamed, amp, sample)
+    if not called:
+        note = f"a forward over text fails ({error}), so blocks were told from the module tree alone; name them with "
+        return get_block_names(model, nontext), note + "to_quant_block_names if they are wrong"
+    towers = [stack for stack in stacks if not set(stack) & set(called)] if nontext else []
+    return executed_stacks(stacks, called) + towers, ""
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one of two modules is the other, or a part of it."""
+    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+
+
+def _called(streamed: StreamedModel, amp: Amp, sample: Callable[[], Batch | None]) -> tuple[list[str], str]:
+    """(blocks in the order of their calls, why there are none).
+
+    An encoder-decoder that does not start from text (of speech, say) runs on a calibration sample. Elsewhere a sample's
+    way leads through towers that are not text, and tells less than the module tree.
+    """
+    try:
+        return called_blocks(streamed, streamed.blocks, amp), ""
+    except Exception as error:  # whatever a model's forward may raise that is given text alone
+        reason = f"{type(error).__name__}: {error}"
+    given = sample() if getattr(streamed.model.config, "is_encoder_decoder", False) else None
+    try:
+        return (called_blocks(streamed, streamed.blocks, amp, given) if given is not None else []), reason
+    except Exception:  # the run itself will say what is wrong
+        return [], reason
+
+
+def plan_model(
+    streamed: StreamedModel,
+    stacks: Sequence[Sequence[str]],
+    scheme: QuantizationScheme,
+    layer_config: Mapping[str, Any] | None,
+    ignore_layers: Sequence[str],
+    quant_lm_head: bool,
+    amp: Amp,
+) -> ModelPlan:
+    """Decide every layer's scheme.
+
+    Raises:
+        PlanError: rules that do not fit, or blocks of which too little can be quantized.
+    """
+
+    def matrices(names: Sequence[str]) -> Sequence[str]:
+        try:
+            return used_as_matrices(streamed, streamed.blocks, names, amp)
+        except Exception:  # a model that cannot be run to see: then all of them count
+            return names
+
+    layers = find_layers(streamed.model, stacks, matrices)
+    fused = {parameter for group in streamed.names.groups.values() if group.fused for parameter in group.written}
+    layers = [
+        dataclasses.replace(info, stored=stem_of(streamed, info.name), fused=f"{info.name}.weight" in fused)
+        for info in layers
+    ]
+    head = get_lm_head_name(streamed.model)
+    beside = _matrices_beside(streamed, {info.name for info in layers}, [name for stack in stacks for name in stack])
+    return make_plan(layers, stacks, scheme, layer_config, ignore_layers, head, quant_lm_head, beside)
+
+
+def _matrices_beside(streamed: StreamedModel, layers: set[str], blocks: Sequence[str]) -> dict[str, str]:
+    """Stored matrices that are no layers here but may be to other readers of the result: they stay floats."""
+    found = {
+        stem_of(streamed, name): "router: small, and it decides"
+        for name in sorted(find_routers(streamed.model, blocks))
+        if name not in layers
+    }
+    shapes = streamed.source_tensors()
+    for name in streamed.names.unused:
+        if name.endswith(".weight") and len(shapes[name].shape) == 2:
+            found[name.removesuffix(".weight")] = "Transformers does not instantiate it"
+    return found

@@ -1,0 +1,72 @@
+"""Experts and the tokens that reach them: who was seen too rarely to be tuned, and what stands in for its inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from auto_round.plan import LayerPlan
+
+FLOOR = 64
+"""Tokens below which what an expert was given says more about chance than about the expert."""
+
+Seen = Mapping[str, tuple[torch.Tensor, int]]
+
+_EXPERT = re.compile(r"^(.*)\.(?:\w*_)?(\d+)((?:\.[^.]+)?)$")
+
+
+def expert_groups(layers: Mapping[str, LayerPlan]) -> dict[tuple[str, str], list[str]]:
+    """Layers of the same role in the experts of one module: (module, layer) → names, for two experts or more."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in layers:
+        match = _EXPERT.match(name)
+        if match:
+            groups.setdefault((match[1], match[3]), []).append(name)
+    return {key: names for key, names in groups.items() if len(names) > 1}
+
+
+def expert_tokens(layers: Mapping[str, LayerPlan], seen: Seen) -> dict[str, Any] | None:
+    """How many calibration tokens reached the experts of a block: least, median and most, and those below the floor."""
+    counts: dict[tuple[str, str], int] = {}
+    for (module, _), names in expert_groups(layers).items():
+        for name in names:
+            index = _EXPERT.match(name)[2]
+            counts[module, index] = max(counts.get((module, index), 0), seen[name][1] if name in seen else 0)
+    if not counts:
+        return None
+    ordered = sorted(counts.values())
+    return {
+        "experts": len(ordered),
+        "least": ordered[0],
+        "median": ordered[len(ordered) // 2],
+        "most": ordered[-1],
+        "below_floor": sum(count < FLOOR for count in ordered),
+        "floor": FLOOR,
+    }
+
+
+def rarely_used(layers: Mapping[str, LayerPlan], seen: Seen) -> list[str]:
+    """Layers of experts that too few tokens reached to tune their rounding."""
+    return [
+        name
+        for names in expert_groups(layers).values()
+        if any(name in seen for name in names)
+        for name in names
+        if name not in seen or seen[name][1] < FLOOR
+    ]
+
+
+def shared_importance(layers: Mapping[str, LayerPlan], seen: Seen) -> dict[str, torch.Tensor]:
+    """Mean square of each input channel of each layer [in]; rarely used experts get that of all experts' tokens."""
+    importance = {name: mean for name, (mean, _) in seen.items()}
+    rare = set(rarely_used(layers, seen))
+    for names in expert_groups(layers).values():
+        tokens = sum(seen[name][1] for name in names if name in seen)
+        if not tokens or not rare.intersection(names):
+            continue
+        together = sum(seen[name][0] * (seen[name][1] / tokens) for name in names if name in seen)
+        importance.update({name: together for name in names if name in rare})
+    return importance
