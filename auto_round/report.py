@@ -270,6 +270,16 @@ def _large_kept(tensors: Sequence[Mapping[str, Any]]) -> str:
     return _table(("tensor", "parameters", "reason"), rows, numeric=(1,)) if rows else ""
 
 
+def expert_words(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """How many calibration tokens reached the experts of these blocks; nothing for blocks without experts."""
+    seen = [block["experts"] for block in blocks if block.get("experts")]
+    if not seen:
+        return ""
+    total, rare = sum(one["experts"] for one in seen), sum(one["below_floor"] for one in seen)
+    text = f"{total} experts, {min(one['least'] for one in seen)} to {max(one['most'] for one in seen)} tokens each"
+    return text + (f"; {rare} below {seen[0]['floor']}" if rare else "")
+
+
 def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="blocks">{"".join(map(_block, blocks))}</div>' if blocks else ""
 
@@ -282,6 +292,8 @@ def _block(block: Mapping[str, Any]) -> str:
         words.append(f"{block['layers'] if isinstance(block['layers'], int) else len(block['layers'])} layers")
     if block.get("resumed"):
         words.append("from an earlier run")
+    if block.get("experts"):
+        words.append(expert_words([block]))
     if block.get("note"):
         words.append(str(block["note"]))
     caption = f"<b>{_text(block.get('name'))}</b><br/>{escape(', '.join(words))}"

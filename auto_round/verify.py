@@ -6,9 +6,11 @@ and the model is run on the quantized weights.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,16 @@ import numpy as np
 import torch
 
 from auto_round.algorithms.base import put_weights
+from auto_round.modeling.blocks import find_stacks
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.modeling.fused_moe.layout import Slice
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import OUTSIDE, ModelPlan
 from auto_round.store import Store
+from auto_round.tied import put_tied
+from auto_round.utils.common import is_supported_layer, is_transposed
 from auto_round.utils.device import trim_memory
+from auto_round.verify_packed import PACKED, compressed_problem, is_compressed, read_compressed
 
 RELOAD_LIMIT = 512 << 20  # bytes of checkpoint up to which Transformers itself is made to load it
 RELOAD_TOLERANCE = 2e-2  # relative difference of logits; the dequantized weights are compared bit for bit
@@ -97,6 +104,21 @@ def read_layer(tensors: Mapping[str, torch.Tensor], bits: int, packing: str) -> 
     return centred.mul_(scales[:, None, :]).view(columns, rows).t()
 
 
+def stored_as(quantization: Mapping[str, Any], layer: str) -> tuple[int, str]:
+    """(bits, packing) of a packed layer by the checkpoint's configuration: AutoRound's, GPTQ's or AWQ's."""
+    method = quantization.get("quant_method")
+    fields: Mapping[str, Any] = quantization.get("extra_config", {}).get(layer, {})
+    kept = method == "awq" and layer in (quantization.get("modules_to_not_convert") or ())
+    for rule, values in (quantization.get("dynamic") or {}).items() if method == "gptq" else ():
+        if re.match(rule.removeprefix("+:").removeprefix("-:"), layer):
+            fields, kept = values, rule.startswith("-:")
+            break
+    if kept:
+        raise VerificationError(f"{layer} is packed, but config.json says that it is not quantized")
+    packing = {"gptq": "auto_gptq", "awq": "awq"}.get(method) or quantization.get("packing_format", "")
+    return int(fields.get("bits", quantization["bits"])), packing
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A written folder as its files describe it."""
@@ -112,18 +134,18 @@ class Artifact:
         return cls(folder, checkpoint, config.get("quantization_config"))
 
     def packed_layers(self) -> list[str]:
+        if is_compressed(self.quantization):
+            return [name.removesuffix(PACKED) for name in self.checkpoint.names() if name.endswith(PACKED)]
         return [name.removesuffix(".qweight") for name in self.checkpoint.names() if name.endswith(".qweight")]
-
-    def bits(self, layer: str) -> int:
-        extra = self.quantization.get("extra_config", {}).get(layer, {})
-        return int(extra.get("bits", self.quantization["bits"]))
 
     def weight(self, layer: str) -> torch.Tensor:
         """float32 [out, in] of a packed layer."""
+        if is_compressed(self.quantization):
+            return read_compressed(self.checkpoint, self.quantization, layer)
         names = {suffix: f"{layer}.{suffix}" for suffix in ("qweight", "qzeros", "scales")}
         tensors = self.checkpoint.read(names.values())
         parts = {suffix: tensors[name] for suffix, name in names.items()}
-        return read_layer(parts, self.bits(layer), self.quantization.get("packing_format", ""))
+        return read_layer(parts, *stored_as(self.quantization, layer))
 
 
 # ---- single checks: None when passed, else what is wrong --------------------------------------------------------
@@ -131,7 +153,10 @@ class Artifact:
 
 def layout_problem(artifact: Artifact) -> str | None:
     """Index, headers and configuration agree, and no layer is stored twice."""
-    for layer in artifact.packed_layers():
+    compressed = is_compressed(artifact.quantization)
+    if compressed and (problem := compressed_problem(artifact.checkpoint, artifact.quantization)):
+        return problem
+    for layer in () if compressed else artifact.packed_layers():
         missing = [s for s in ("qzeros", "scales") if f"{layer}.{s}" not in artifact.checkpoint]
         if missing:
             return f"{layer} has no {missing[0]}"
@@ -148,11 +173,24 @@ def layout_problem(artifact: Artifact) -> str | None:
     return None
 
 
-def codes_problem(artifact: Artifact, plan: ModelPlan, store: Store, stems: Mapping[str, str], part: str) -> str | None:
-    """What a reader dequantizes of a block equals, bit for bit, what the tuning decided."""
+def codes_problem(
+    artifact: Artifact,
+    plan: ModelPlan,
+    store: Store,
+    stems: Mapping[str, str],
+    part: str,
+    refused: Mapping[str, tuple[str, Slice]] | None = None,
+) -> str | None:
+    """What a reader dequantizes of a block equals, bit for bit, what the tuning decided.
+
+    refused: layers that an ordinary checkpoint holds inside a fused tensor.
+    """
     layers = plan.quantized(part)
     for name, tensor in store.load(part, layers).tensors.items():
-        if artifact.quantization is None:
+        if refused and name in refused:
+            stored, place = refused[name]
+            read = place.take(artifact.checkpoint.read_one(stored))
+        elif artifact.quantization is None:
             read = artifact.checkpoint.read_one(f"{stems[name]}.weight")
             read = read.t() if layers[name].info.transposed else read
         else:
@@ -173,6 +211,16 @@ def kept_problem(artifact: Artifact, streamed: StreamedModel, names: list[str]) 
         mine, source = artifact.checkpoint.read_one(name), streamed.read_source(name)
         same = mine.dtype == source.dtype and mine.shape == source.shape
         if not same or not torch.equal(_bytes(mine), _bytes(source)):
+            return f"{name} differs from the source"
+    return None
+
+
+def pieces_problem(artifact: Artifact, values: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Parts of source tensors that are stored as floats equal what the model holds."""
+    for name, value in values:
+        if name not in artifact.checkpoint:
+            return f"{name} is missing"
+        if not torch.equal(_bytes(artifact.checkpoint.read_one(name)), _bytes(value)):
             return f"{name} differs from the source"
     return None
 
@@ -200,18 +248,20 @@ def file_hashes(folder: Path) -> dict[str, str]:
 @torch.no_grad()
 def artifact_logits(streamed: StreamedModel, plan: ModelPlan, store: Store, batch, amp) -> torch.Tensor:
     """Logits of the streamed model on the quantized weights, block by block; `codes_problem` ties them to the file."""
-    from auto_round.calibration.capture import no_cache
+    from auto_round.calibration.native import no_cache, run_logits
 
     def put(part: str, module: torch.nn.Module, prefix: str) -> None:
         if part in plan.parts:
             layers = plan.quantized(part)
             put_weights(module, prefix, store.load(part, layers).tensors, layers)
+        if part != OUTSIDE:
+            put_tied(streamed.model, plan, store, part)
 
     outside = {name: streamed.model.get_submodule(name).weight.clone() for name in plan.quantized(OUTSIDE)}
     put(OUTSIDE, streamed.model, "")
     try:
         with streamed.streaming(lambda block, module: put(block, module, block)) as model, no_cache(model), amp():
-            return model(**{key: value.to(streamed.device) for key, value in batch.items()}).logits.cpu()
+            return run_logits(model, batch, streamed.device)
     finally:
         for name, weight in outside.items():
             streamed.model.get_submodule(name).weight.copy_(weight)
@@ -229,25 +279,38 @@ def logit_distance(original: torch.Tensor, other: torch.Tensor) -> tuple[float, 
     return kl / tokens, agree / tokens
 
 
+MASKED = 1e4  # logits beyond this are masks that a model puts over some columns
+
+
 @torch.no_grad()
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """‖got - want‖ / ‖want‖ of logits, a few rows at a time: a vocabulary can be large."""
-    difference = total = 0.0
-    for one, two in zip(got.flatten(0, 1).split(64), want.flatten(0, 1).split(64), strict=True):
-        difference += (one.float() - two.float()).square().sum(dtype=torch.float64).item()
-        total += two.float().square().sum(dtype=torch.float64).item()
-    return (difference / max(total, 1e-30)) ** 0.5
+def logit_error(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """‖got - want‖ / ‖want‖ of logits: over all tokens, and the bound that three quarters of the tokens keep.
+
+    A few rows at a time: a vocabulary can be large.
+    """
+    squares, wanted = [], []
+    for one, two in zip(got.flatten(0, -2).split(64), want.flatten(0, -2).split(64), strict=True):
+        real = two.abs() < MASKED
+        squares.append(torch.where(real, one.float() - two.float(), 0).square().sum(-1))
+        wanted.append(torch.where(real, two.float(), 0).square().sum(-1))
+    difference, norm = torch.cat(squares), torch.cat(wanted).clamp(min=1e-30)
+    per_token = (difference / norm).sqrt()
+    return (difference.sum() / norm.sum()).sqrt().item(), per_token.nan_to_num(1e9).quantile(0.75).item()
 
 
 @torch.no_grad()
 def reload_problem(folder: Path, batch, expected: torch.Tensor, trust_remote_code: bool) -> str | None:
     """Transformers loads the folder, and computes the logits of the quantized model."""
-    from transformers import AutoModelForCausalLM
+    from auto_round.calibration.native import no_cache, run_logits
+    from auto_round.utils.model import load_model
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=trust_remote_code)
-    error = relative_error(model(**batch).logits, expected)
-    if not error <= RELOAD_TOLERANCE:
-        return f"logits of the model loaded by Transformers are {error:.2%} away from the quantized model's"
+    model = load_model(folder, trust_remote_code)
+    with no_cache(model):
+        got = run_logits(model, batch, "cpu")
+    overall, most = logit_error(got, expected)
+    # A rounding error can send a token to another expert; a wrong model is wrong nearly everywhere.
+    if not (overall <= RELOAD_TOLERANCE or most <= RELOAD_TOLERANCE):
+        return f"logits of the model loaded by Transformers are {overall:.2%} away from the quantized model's"
     return None
 
 
@@ -296,37 +359,57 @@ def _finite_problem(artifact: Artifact) -> str | None:
 def _verify_against(result: Verification, artifact: Artifact, against: Path, trust_remote_code: bool) -> None:
     from auto_round.eval.divergence import divergence
     from auto_round.eval.perplexity import read_windows
-    from auto_round.utils.model import load_tokenizer
+    from auto_round.utils.model import load_model, load_streamed, load_tokenizer
 
-    source = Checkpoint(against)
+    streamed = load_streamed(against, trust_remote_code)
+    streamed.set_blocks([name for stack in find_stacks(streamed.model) for name in stack])
     packed = set(artifact.packed_layers())
-    lost = [n for n in source.names() if n not in artifact.checkpoint and n.removesuffix(".weight") not in packed]
-    result.add(
-        "ledger", f"{lost[0]} of the original is missing" if lost else None, f"{len(source.entries)} source tensors"
-    )
-    result.add("weights", _distance_problem(artifact, source), f"{len(packed)} layers are close to the original")
+    stored = {*artifact.checkpoint.names(), *(f"{layer}.weight" for layer in packed)}
+    regrouped = {
+        key
+        for group in streamed.names.groups.values()
+        if stored.issuperset(group.written.values())
+        for key in group.sources
+    }
+    source = streamed.source_tensors()
+    lost = [name for name in source if name not in stored and name not in regrouped]
+    result.add("ledger", f"{lost[0]} of the original is missing" if lost else None, f"{len(source)} source tensors")
+    result.add("weights", _distance_problem(artifact, streamed), f"{len(packed)} layers are close to the original")
     tokenizer = load_tokenizer(against, trust_remote_code)
     if tokenizer is None:
         return
-    from transformers import AutoModelForCausalLM
-
-    load = lambda path: AutoModelForCausalLM.from_pretrained(  # noqa: E731
-        path, dtype="auto", trust_remote_code=trust_remote_code
+    measured = divergence(
+        load_model(artifact.folder, trust_remote_code),
+        load_model(against, trust_remote_code),
+        read_windows(tokenizer, None, 256, 8),
     )
-    measured = divergence(load(artifact.folder), load(against), read_windows(tokenizer, None, 256, 8))
     result.kl, result.top1 = measured.kl, measured.top1
 
 
-def _distance_problem(artifact: Artifact, source: Checkpoint) -> str | None:
+def _distance_problem(artifact: Artifact, streamed: StreamedModel) -> str | None:
     """A quantized layer whose error is as large as the weights themselves is a layer in the wrong place."""
-    for layer in artifact.packed_layers():
-        if f"{layer}.weight" not in source:
-            raise CheckpointError(f"{source.directory} has no {layer}.weight: is it the original of {artifact.folder}?")
-        want, got = source.read_one(f"{layer}.weight").float(), artifact.weight(layer)
-        want = want.t() if want.shape != got.shape else want
-        if want.shape != got.shape:
-            return f"{layer} has shape {tuple(got.shape)}, the original {tuple(want.shape)}"
-        error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
-        if not error < 0.9:
-            return f"{layer} is {error:.0%} away from the original's weight"
+    packed = set(artifact.packed_layers())
+    for part in (*streamed.blocks, OUTSIDE):
+        with streamed.loaded(part) if part != OUTSIDE else contextlib.nullcontext():
+            for name, module in streamed.model.named_modules():
+                if (streamed.block_of(name) or OUTSIDE) != part or not is_supported_layer(module):
+                    continue
+                stem = streamed.source_name(f"{name}.weight").removesuffix(".weight")
+                problem = _layer_distance(artifact, stem, module) if stem in packed else None
+                if problem is not None:
+                    return problem
+                packed.discard(stem)
+    if packed:
+        raise CheckpointError(
+            f"{streamed.checkpoint.directory} has no {sorted(packed)[0]}: is it the original of {artifact.folder}?"
+        )
     return None
+
+
+def _layer_distance(artifact: Artifact, stem: str, module: torch.nn.Module) -> str | None:
+    want, got = module.weight.float().cpu(), artifact.weight(stem)
+    want = want.t() if is_transposed(module) else want
+    if want.shape != got.shape:
+        return f"{stem} has shape {tuple(got.shape)}, the original {tuple(want.shape)}"
+    error = ((got - want).norm() / want.norm().clamp(min=1e-12)).item()
+    return None if error < 0.9 else f"{stem} is {error:.0%} away from the original's weight"

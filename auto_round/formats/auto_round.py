@@ -84,7 +84,7 @@ class AutoRoundFormat:
     def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """`quantization_config`; `settings` are recorded in it unless None."""
         top = _top_scheme(self.plan)
-        prefixes = block_prefixes(self.plan.blocks)
+        prefixes = block_prefixes(self.plan.stored_blocks)
         config = _scheme_fields(top)
         config.update({k: v for k, v in settings.items() if v is not None and k not in (*config, *_RESERVED)})
         config["autoround_version"] = _version()
@@ -169,11 +169,10 @@ def _extra_config(plan: ModelPlan, top: QuantizationScheme, prefixes: Sequence[s
     """
     common = _scheme_fields(top)
     extra: dict[str, dict[str, Any]] = {}
-    for name, layer in plan.layers.items():
-        if not layer.is_quantized:
-            if any(name.startswith(prefix) for prefix in prefixes):
-                extra[name] = dict(KEPT)
-            continue
+    kept = [*plan.beside, *(layer.info.stem for layer in plan.kept().values())]
+    extra.update({name: dict(KEPT) for name in kept if any(name.startswith(prefix) for prefix in prefixes)})
+    for layer in plan.quantized().values():
+        name = layer.info.stem
         fields = _scheme_fields(layer.scheme)
         if layer.info.block is not None:
             fields = {key: value for key, value in fields.items() if common.get(key) != value}

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from auto_round.formats.base import ExportFormat
+from auto_round.formats.parts import changed_groups, pieces, read_pieces, refused_layers, stem_of
 from auto_round.formats.writer import CheckpointWriter, copy_side_files, write_config
 from auto_round.modeling.streaming import StreamedModel, TensorShape
-from auto_round.plan import ModelPlan
+from auto_round.plan import LayerPlan, ModelPlan
 from auto_round.store import Store
 from auto_round.utils.device import trim_memory
 
@@ -56,30 +57,32 @@ class Ledger:
         return [name for name, (found, _) in self.fates.items() if found == fate]
 
 
-def stem_of(streamed: StreamedModel, layer: str) -> str:
-    """The name under which a layer's tensors are stored: the source's name of its weight without `.weight`."""
-    return streamed.source_name(f"{layer}.weight").removesuffix(".weight")
+def make_ledger(streamed: StreamedModel, plan: ModelPlan, plain: bool = False) -> Ledger:
+    """Decide every source tensor's fate from the plan, before anything is written.
 
-
-def make_ledger(streamed: StreamedModel, plan: ModelPlan) -> Ledger:
-    """Decide every source tensor's fate from the plan, before anything is written."""
+    plain: the result is an ordinary checkpoint, whose experts stay fused.
+    """
     ledger = Ledger()
     quantized = {f"{stem_of(streamed, name)}.weight": layer for name, layer in plan.quantized().items()}
-    reasons = {}
-    for name, layer in plan.kept().items():
-        if f"{name}.weight" in (streamed.names.direct if streamed.is_streamed else {f"{name}.weight": 0}):
-            reasons[f"{stem_of(streamed, name)}.weight"] = layer.reason
-    unused = set(streamed.names.unused) if streamed.is_streamed else set()
+    reasons = {f"{stem_of(streamed, name)}.weight": layer.reason for name, layer in plan.kept().items()}
+    regrouped = {key: group for group in changed_groups(streamed, plan) for key in group.sources}
+    unused = set(streamed.names.unused)
     source = streamed.source_tensors()
     for name in source:
         if name in quantized:
             layer = quantized[name]
             ledger.add(name, "quantized", f"{layer.scheme.bits} bits; {layer.reason}")
+        elif name in regrouped:
+            what = "quantized as a whole" if plain else f"became {len(regrouped[name].written)} tensors"
+            ledger.add(name, "transformed", what)
         elif name in unused:
             ledger.add(name, "kept", "Transformers does not instantiate it")
         else:
             ledger.add(name, "kept", reasons.get(name, "no layer that is quantized"))
     ledger.close(source)
+    for name, reason in getattr(streamed.checkpoint, "dropped", {}).items():
+        if name not in ledger.fates:  # codes keep the name under which their floats are shown
+            ledger.add(name, "dropped", reason)
     return ledger
 
 
@@ -101,17 +104,31 @@ def tensor_shapes(
     layers = {stem_of(streamed, name): layer for name, layer in plan.quantized().items()}
     shapes: list[tuple[str, TensorShape]] = []
     for name, shape in streamed.source_tensors().items():
-        if ledger.fates[name][0] == "quantized":
-            stem = name.removesuffix(".weight")
-            shapes += [(f"{stem}.{suffix}", part) for suffix, part in fmt.layout(layers[stem]).items()]
-        else:
+        fate = ledger.fates[name][0]
+        if fate == "quantized":
+            shapes += _packed_shapes(name.removesuffix(".weight"), layers, fmt)
+        elif fate == "kept":
             shapes.append((name, shape))
+    for group in changed_groups(streamed, plan):
+        if not (group.fused and is_plain(fmt)):
+            stems = [written.removesuffix(".weight") for written in group.written.values()]
+            shapes += [part for stem in stems if stem in layers for part in _packed_shapes(stem, layers, fmt)]
+    shapes += [(written, piece.shape) for written, piece in pieces(streamed, plan, is_plain(fmt)).items()]
     return shapes
+
+
+def _packed_shapes(stem: str, layers: Mapping[str, LayerPlan], fmt: ExportFormat) -> list[tuple[str, TensorShape]]:
+    return [(f"{stem}.{suffix}", part) for suffix, part in fmt.layout(layers[stem]).items()]
+
+
+def is_plain(fmt: ExportFormat) -> bool:
+    """Whether a format's result is an ordinary checkpoint, read without our classes."""
+    return getattr(fmt, "plain", False)
 
 
 def planned_bytes(streamed: StreamedModel, plan: ModelPlan, fmt: ExportFormat) -> int:
     """Bytes of the weights that will be written, known before any work."""
-    shapes = tensor_shapes(streamed, plan, fmt, make_ledger(streamed, plan))
+    shapes = tensor_shapes(streamed, plan, fmt, make_ledger(streamed, plan, is_plain(fmt)))
     return sum(torch.Size(shape.shape).numel() * shape.dtype.itemsize for _, shape in shapes)
 
 
@@ -132,12 +149,17 @@ def write_folder(
     Raises:
         OSError: too little disk space, before anything is written. LedgerError: a tensor would be lost.
     """
-    ledger = make_ledger(streamed, plan)
+    ledger = make_ledger(streamed, plan, is_plain(fmt))
+    refused = refused_layers(streamed, plan) if is_plain(fmt) else {}
     with CheckpointWriter(folder, tensor_shapes(streamed, plan, fmt, ledger), max_shard_size or "5GB") as writer:
         for name in ledger.of("kept"):
             writer.write(name, streamed.read_source(name))
+        for name, value in read_pieces(streamed, plan, store, is_plain(fmt)):
+            writer.write(name, value)
         for part in plan.parts:
             for name, tensor in store.load(part, plan.quantized(part)).tensors.items():
+                if name in refused:
+                    continue
                 for suffix, packed in fmt.pack(tensor, plan.layers[name].info).items():
                     writer.write(f"{stem_of(streamed, name)}.{suffix}", packed)
             trim_memory()

@@ -17,7 +17,9 @@ from auto_round.plan import LayerInfo, LayerPlan, ModelPlan
 
 
 class FakeFormat:
-    """Stores one float `weight` per layer."""
+    """Stores one float `weight` per layer; experts that the source holds fused are fused again."""
+
+    plain = True
 
     def __init__(self, plan: ModelPlan, name: str = "fake"):
         self.plan = plan

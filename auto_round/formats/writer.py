@@ -272,6 +272,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+_NO_WEIGHTS = ("spk_dict.pt",)  # the voices of Qwen omni models: carried over, never opened
 # Written by `write_config`, or statements about a quantization of the source that no longer hold.
 _REWRITTEN = (
     "config.json",
@@ -312,7 +313,8 @@ def _side_files(source: Path, excluded: Path) -> Iterator[Path]:
         children[:] = sorted(c for c in children if not c.startswith(".") and c not in ("__pycache__", "cache"))
         for name in sorted(files):
             is_rewritten = here == source and name in _REWRITTEN
-            if not (is_rewritten or name.startswith(".") or name.lower().endswith((*_WEIGHTS, _PARTIAL))):
+            is_weight = name.lower().endswith((*_WEIGHTS, _PARTIAL)) and name not in _NO_WEIGHTS
+            if not (is_rewritten or name.startswith(".") or is_weight):
                 yield (here / name).relative_to(source)
 
 

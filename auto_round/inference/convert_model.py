@@ -20,12 +20,14 @@ from transformers.core_model_loading import WeightRenaming
 
 from auto_round.formats.packing import AUTO_AWQ, AUTO_GPTQ, normalize_packing
 from auto_round.inference.backends import PackedLayer, build_layer, choose_backend
+from auto_round.inference.backends.own_forward import has_own_forward, keep_forward
+from auto_round.inference.backends.shared import SharedLinear
 from auto_round.inference.backends.torch import QuantLinear
 from auto_round.logger import logger
 from auto_round.modeling.fused_moe.replace_modules import apply_replacements
 from auto_round.schemes import FIELD_NAMES, QuantizationScheme
 from auto_round.utils.common import is_supported_layer, is_transposed
-from auto_round.utils.model import get_block_names
+from auto_round.utils.model import get_block_names, tied_layers
 
 _KEPT = QuantizationScheme(bits=16, data_type="float")
 _REGEX_SIGNS = re.compile(r"[\^$|()\[\]?+*\\]")
@@ -67,12 +69,15 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     if settings.get("desc_act") and not settings.get("static_groups"):
         raise NotImplementedError("GPTQ checkpoints with desc_act=true and no static_groups are not supported")
     packing = _packing(settings)
-    apply_replacements(model)
+    _mark_initialized(model, apply_replacements(model))
     requested = settings.get("backend") or "auto"
     schemes = {name: s for name, s in get_layer_config(model, settings).items() if s.is_quantized}
     used: Counter[tuple[str, str]] = Counter()
+    aliases = tied_layers(model)
     for name, scheme in schemes.items():
-        used[_replace(model, name, scheme, packing, target_device, requested)] += 1
+        if name not in aliases:
+            used[_replace(model, name, scheme, packing, target_device, requested)] += 1
+    _share_tied(model, {name: home for name, home in aliases.items() if home in schemes})
     if not schemes:
         logger.warning("quantization_config matches no layer of %s", type(model).__name__)
     for (backend, reason), count in used.items():
@@ -80,6 +85,24 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     model._keys_to_ignore_on_load_missing = {*ignored, r"\.g_idx$"}  # optional, see QuantLinear
     return model, list(dict.fromkeys(backend for backend, _ in used))
+
+
+def _mark_initialized(model: nn.Module, replaced: Iterable[str]) -> None:
+    """Keep Transformers' weight initialization off modules that expect what was replaced in them.
+
+    Everything they hold comes from the checkpoint; initializing would look for fused parameters that are gone.
+    """
+    for name in replaced:
+        while name:
+            model.get_submodule(name)._is_hf_initialized = True
+            name = name.rpartition(".")[0]
+
+
+def _share_tied(model: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Let layers that are tied to packed ones be those; what they hold is stored under one name."""
+    for name, home in aliases.items():
+        model.set_submodule(name, SharedLinear(model.get_submodule(home)))
+        model.all_tied_weights_keys.pop(f"{name}.weight", None)
 
 
 def _replace(
@@ -98,9 +121,10 @@ def _replace(
     layer = PackedLayer(name, rows, columns, scheme.bits, group_size, scheme.sym, packing, dtype, has_bias)
     if f"{name}.weight" in getattr(model, "all_tied_weights_keys", {}):
         raise ValueError(f"{name} is quantized in the checkpoint but tied to another weight by the model's config")
-    backend, reason = choose_backend(layer, device, requested)
+    own = has_own_forward(old)
+    backend, reason = choose_backend(layer, device, "torch" if own else requested)
     with old.weight.device:
-        new = build_layer(backend, layer)
+        new = build_layer(backend, layer) if not own else keep_forward(layer, old)
     new.backend_reason = reason
     new.train(old.training)
     model.set_submodule(name, new)
@@ -177,10 +201,12 @@ class _Names:
 
     def resolve(self, name: str) -> str | None:
         """The module path that a name of the checkpoint means here, or None."""
-        renamed = name
-        for rule in () if name in self.modules else self._renamings:
-            renamed = rule.rename_source_key(renamed + ".")[0].removesuffix(".")
-        candidates = (name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}."), renamed)
+        candidates = [name, f"{self.prefix}.{name}", name.removeprefix(f"{self.prefix}.")]
+        for suffix in ("", ".", ".weight") if name not in self.modules else ():
+            renamed = name + suffix
+            for rule in self._renamings:
+                renamed = rule.rename_source_key(renamed)[0]
+            candidates.append(renamed.removesuffix(suffix).removesuffix(".weight"))
         return next((candidate for candidate in candidates if candidate in self.modules), None)
 
     @cached_property
