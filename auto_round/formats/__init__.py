@@ -18,6 +18,9 @@ FORMATS: dict[str, str] = {
     "auto_round:auto_gptq": "auto_round.formats.auto_round:AutoRoundFormat",
     "auto_round:auto_awq": "auto_round.formats.auto_round:AutoRoundFormat",
     "auto_round:gptqmodel": "auto_round.formats.auto_round:AutoRoundFormat",
+    "llm_compressor": "auto_round.formats.llm_compressor:LlmCompressorFormat",
+    "auto_gptq": "auto_round.formats.auto_gptq:AutoGptqFormat",
+    "auto_awq": "auto_round.formats.auto_awq:AutoAwqFormat",
     "fake": "auto_round.formats.fake:FakeFormat",
 }
 ALIASES = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
