@@ -18,6 +18,9 @@ FORMAT_NOTES: dict[str, tuple[str, str]] = {
     "auto_round:auto_gptq": ("2-8 bits, symmetric", "the GPTQ layout, which the most readers know"),
     "auto_round:auto_awq": ("4 bits", "the AWQ layout"),
     "auto_round:gptqmodel": ("2-8 bits, symmetric and asymmetric", "the GPTQ layout, zero points as they are, g_idx"),
+    "llm_compressor": ("2-8 bits, symmetric; asymmetric in one scheme", "compressed-tensors' pack-quantized"),
+    "auto_gptq": ("2, 3, 4 and 8 bits, symmetric and asymmetric", "a GPTQ checkpoint, for GPTQModel and vLLM"),
+    "auto_awq": ("4 bits, one group size", "an AWQ checkpoint (gemm), for AutoAWQ and vLLM"),
     "fake": ("2-8 bits, symmetric and asymmetric", "dequantized floats in an ordinary checkpoint"),
 }
 ALGORITHM_NOTES: dict[str, str] = {

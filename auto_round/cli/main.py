@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("auto_round.cli.evaluate", "perplexity, KL divergence from the original, benchmark tasks"),
     "verify": ("auto_round.cli.verify", "check a quantized folder again"),
     "export": ("auto_round.cli.export", "write an earlier run in another format"),
+    "doctor": ("auto_round.cli.doctor", "say whether a model type can be quantized, and what mends it if not"),
     "demo": ("auto_round.cli.demo", "quantize a small shipped model and measure the result"),
 }
 

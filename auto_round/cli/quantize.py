@@ -39,7 +39,7 @@ ABSENT = (
     "--awq_duo_scaling", "--awq_n_grid", "--awq_seqlen", "--awq_smooth_batch_size", "--awq_apply_clip",
     "--awq_clip_as_init", "--rotation_type", "--rotation_backend", "--rotation_block_size", "--eval_gen_kwargs",
     "--fewshot_as_multiturn", "--eval_task_by_task", "--eval_backend", "--vllm_args", "--eval_model_dtype",
-    "--add_bos_token", "--mllm", "--quant_nontext_module", "--extra_data_dir", "--template", "--prompt_file",
+    "--add_bos_token", "--prompt_file",
     "--prompt", "--metrics", "--image_save_dir", "--guidance_scale", "--calib_num_inference_steps",
     "--num_inference_steps", "--generator_seed", "--diffusion_tuning_cache_size",
 )
@@ -47,7 +47,7 @@ ABSENT = (
 
 # What the command itself uses; everything else that the user gave is an argument of `AutoRound`.
 _OWN = ("model", "model_option", "recipe", "format", "output_dir", "max_shard_size", "tasks", "eval_bs", "limit")
-_ACCEPTED = ("num_fewshot", "debug", "disable_trust_remote_code", "low_cpu_mem_usage", "platform")
+_ACCEPTED = ("num_fewshot", "debug", "mllm", "disable_trust_remote_code", "low_cpu_mem_usage", "platform")
 
 
 def make_parser(recipe: str = "default") -> Parser:
@@ -93,6 +93,9 @@ def _add_scheme(parser: Parser) -> None:
     group.add_argument(
         "--ignore_layers", "--fp_layers", metavar="LAYERS", help="comma list of layers that stay as they are"
     )
+    group.add_argument(
+        "--quant_nontext_module", action=argparse.BooleanOptionalAction, help="quantize vision and audio towers too"
+    )
     group.add_argument("--quant_lm_head", action=argparse.BooleanOptionalAction, help="quantize the output layer too")
     group.add_argument(
         "--to_quant_block_names", metavar="BLOCKS", help="comma list of blocks to quantize (default: all)"
@@ -109,6 +112,9 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--dataset", help="calibration text: a .json, .jsonl or .txt file, or hub names")
     group.add_argument("--nsamples", "--nsample", type=whole_number, metavar="N", help="calibration samples (128)")
     group.add_argument("--seqlen", "--seq_len", type=whole_number, metavar="N", help="tokens per sample (2048)")
+    group.add_argument("--extra_data_dir", metavar="DIR", help="where the images or sounds of the dataset lie")
+    group.add_argument("--template", metavar="FILE", help="a Jinja chat template instead of the processor's own")
+    group.add_argument("--mllm", action="store_true", default=False, help=argparse.SUPPRESS)
     group.add_argument("--apply_chat_template", action="store_true", help="render the records with the chat template")
     group.add_argument(
         "--device_map", "--device", "--devices", metavar="DEVICE", help="cpu, cuda, 0, cuda:1, auto (default: 0)"

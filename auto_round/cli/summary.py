@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from auto_round.report import figure, group_layers, mib, scheme_words, seconds, size, total_seconds
+from auto_round.report import expert_words, figure, group_layers, mib, scheme_words, seconds, size, total_seconds
 
 PIPE_WIDTH = 120
 SHOWN_NAMES = 6  # of the layers that share a reason
@@ -47,8 +47,9 @@ def print_report(report: Mapping[str, Any], wall: float | None = None) -> None:
     print_pairs(f"Quantized {done}/{total} layers of {report['model']}", list(report_rows(report, wall)))
     out = console()
     out.print(Text("Load it with Transformers:"))
-    out.print(Text("  from transformers import AutoModelForCausalLM"), soft_wrap=True)
-    out.print(Text(f"  model = AutoModelForCausalLM.from_pretrained({report['folder']!r})"), soft_wrap=True)
+    loader = report.get("auto_class", "AutoModelForCausalLM")
+    out.print(Text(f"  from transformers import {loader}"), soft_wrap=True)
+    out.print(Text(f"  model = {loader}.from_pretrained({report['folder']!r})"), soft_wrap=True)
 
 
 def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterable[tuple[str, str]]:
@@ -59,6 +60,9 @@ def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterabl
         yield "quantized", scheme_words(layer) + rule
     for names, layer in group_layers(one for one in layers if one["status"] != "quantized"):
         yield "kept", f"{layer['reason']}: {_shown(names)}"
+    experts = expert_words(report.get("blocks") or ())
+    if experts:
+        yield "experts", experts
     for tensor in report.get("large_kept") or ():
         yield "large, kept", f"{tensor['name']} ({tensor['numel'] / 1e6:.1f} M): {tensor['reason']}"
     ledger = report.get("ledger") or {}

@@ -1,0 +1,1 @@
+"""Diagnosis of a model type: what it is made of, and whether its quantization holds."""
