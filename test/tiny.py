@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 VOCABULARY = 320
@@ -61,6 +62,30 @@ def tiny_llama(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
         "eos_token_id": 1,
     }
     return random_model(LlamaConfig(**{**fields, **changes}), dtype, seed)
+
+
+def tiny(model_type: str, task: str = "CausalLM", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A tiny model of a type for a task (`AutoModelFor…`), shrunk from its default configuration with `changes`."""
+    import transformers
+
+    from auto_round.doctor.tiny import tiny_model
+
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"Transformers {transformers.__version__} has no {model_type}")
+    config = transformers.CONFIG_MAPPING[model_type](**changes)
+    return tiny_model(config, getattr(transformers, f"AutoModelFor{task}"), dtype)
+
+
+def text_samples(model: Any, count: int = 8, length: int = 32) -> list[Any]:
+    """Calibration samples: ids [1, length], or dictionaries of what the model's forward needs beside them."""
+    from auto_round.doctor.tiny import text_batch
+
+    first = text_batch(model, 1, length)
+    if first.keys() <= {"input_ids", "decoder_input_ids"}:
+        ids = text_batch(model, count, length)["input_ids"]
+        if ids.shape == (count, length):
+            return list(ids.split(1))
+    return [text_batch(model, 1, length, seed) for seed in range(count)]
 
 
 def save_tiny(model: Any, folder: Path, shard: str = "5GB", tokenizer: bool = True) -> Path:
