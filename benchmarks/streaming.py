@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 HIDDEN, INTERMEDIATE, HEADS, VOCABULARY = 2048, 5632, 32, 8192
 
 WORKER = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch, transformers
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 bare, began = peak(), time.perf_counter()
 from auto_round import AutoRound
 run = AutoRound(sys.argv[1], scheme="W4A16", iters=0, disable_opt_rtn=True, device_map="cpu", show_progress=False)
