@@ -16,7 +16,7 @@ from torch import nn
 
 from auto_round import __version__
 from auto_round.algorithms import algorithm
-from auto_round.algorithms.base import BlockTask, put_weights, relative_name
+from auto_round.algorithms.base import BlockTask, put_weights
 from auto_round.calibration.block_io import Placement
 from auto_round.calibration.feed import complete_sample, random_text, vocabulary_size
 from auto_round.calibration.forwards import ReplayError
@@ -25,6 +25,7 @@ from auto_round.compressors.adapt import find_blocks, plan_model
 from auto_round.compressors.chain import Chain, importance_of
 from auto_round.compressors.experts import FLOOR, expert_tokens, rarely_used, shared_importance
 from auto_round.compressors.saving import folder_name, prepare_output, save
+from auto_round.compressors.weights import check_finite, copy_weights, hash_weights, restore_weights
 from auto_round.formats import make_format
 from auto_round.formats.export import planned_bytes
 from auto_round.logger import logger
@@ -323,7 +324,7 @@ class Compressor:
             block, turn = chain.place
             with self.streamed.loaded(block) as module:
                 if not self.streamed.is_streamed and block in often:
-                    _restore(module, originals.setdefault(block, _copy(module)))
+                    restore_weights(module, originals.setdefault(block, copy_weights(module)))
                 modules = {name: self.model.get_submodule(name) for name in self.plan.quantized(block)}
                 with importance_of(modules if turn == 0 else {}) as seen:
                     chain.observe(module)
@@ -369,7 +370,7 @@ class Compressor:
         progress.block(number, block, _outcome(result, layers, recovered))
 
     def _run_algorithm(self, number, block, module, layers, seen, progress) -> BlockResult:
-        _check_finite(module, block, layers)
+        check_finite(module, block, layers)
         task = BlockTask(
             name=block,
             module=module,
@@ -398,7 +399,7 @@ class Compressor:
         """Everything that the codes depend on, as far as it is known without running the model."""
         from importlib.metadata import version
 
-        source = self.streamed.checkpoint.fingerprint() if self.streamed.is_streamed else _hash_model(self.model)
+        source = self.streamed.checkpoint.fingerprint() if self.streamed.is_streamed else hash_weights(self.model)
         return {
             "source": source,
             "source_dir": str(self.source_dir or ""),
@@ -506,30 +507,3 @@ def _outcome(result: BlockResult, layers: Mapping[str, LayerPlan], recovered: bo
     if result.start_loss is not None:
         text += f", loss {result.start_loss:.4g} -> {result.final_loss:.4g}"
     return f"{text}; {result.note}" if result.note else text
-
-
-def _copy(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-
-
-@torch.no_grad()
-def _restore(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    for name, parameter in module.named_parameters():
-        parameter.copy_(weights[name])
-
-
-def _check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> None:
-    for name in layers:
-        if not torch.isfinite(module.get_submodule(relative_name(name, block)).weight).all():
-            raise ValueError(
-                f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download or convert it again, "
-                f"or keep the layer with ignore_layers={name!r}"
-            )
-
-
-def _hash_model(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -1,0 +1,41 @@
+"""A module's weights as a whole: copied, put back, checked, identified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from auto_round.algorithms.base import relative_name
+from auto_round.plan import LayerPlan
+
+
+def copy_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+@torch.no_grad()
+def restore_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> None:
+    """Refuse a block with NaN or Inf in the weights of these layers."""
+    for name in layers:
+        if not torch.isfinite(module.get_submodule(relative_name(name, block)).weight).all():
+            raise ValueError(
+                f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download or convert it again, "
+                f"or keep the layer with ignore_layers={name!r}"
+            )
+
+
+def hash_weights(model: nn.Module) -> str:
+    """sha256 over all parameters and their names."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
