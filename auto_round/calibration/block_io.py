@@ -88,10 +88,6 @@ def main_tensor(output: Any) -> tuple[int, torch.Tensor]:
     raise ValueError("the block's output has no tensor of floats")
 
 
-def first_tensor(output: Any) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else main_tensor(output)[1]
-
-
 MICRO_TOKENS = 1024
 """Tokens per forward on a CPU: activations of small batches stay in its cache, and memory stays small."""
 

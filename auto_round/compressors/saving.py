@@ -171,8 +171,14 @@ def _verify_logits(run: Compressor, store: Store, result: Verification, artifact
         return
     # Transformers computes in the dtype that is stored: so do we, or rounding sends tokens to other experts.
     logits = artifact_logits(run.streamed, run.plan, store, native.batch, contextlib.nullcontext)
-    problem = reload_problem(artifact.folder, native.batch, logits, run.trust_remote_code)
+    problem = reload_problem(artifact.folder, native.batch, logits, run.trust_remote_code, _is_routed(run))
     result.add("loads in Transformers", problem, "logits of the reloaded model are the quantized model's")
+
+
+def _is_routed(run: Compressor) -> bool:
+    """Whether the model has experts among which tokens choose."""
+    routers = any(plan.info.role == "router" for plan in run.plan.layers.values())
+    return routers or bool(run.streamed.replaced) or any(why.startswith("router") for why in run.plan.beside.values())
 
 
 def _reloaded_logits(run: Compressor, artifact: Artifact, native) -> tuple[torch.Tensor, float, float]:

@@ -58,6 +58,8 @@ class StreamedModel:
             self.names, self._split = own_names(model), set()
         else:
             self.names, self._split = adapt_names(self.original_names, model, self.replaced)
+        # Tensors of single experts, which go to those experts' layers past Transformers' fusing converter.
+        self._parted = set(self.names.direct.values()) - set(self.original_names.direct.values())
         self._swapped = False
         # Of a model whose parameters are tied across its blocks (layers that share weights under several names).
         self.ties: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
@@ -131,22 +133,11 @@ class StreamedModel:
             cut = group.fused and not self._swapped
             if not cut and any(wanted(name) for name in group.written):
                 keys.update(group.sources)
-        parted = set() if self._swapped else {key for key in keys if self._is_parted(key, names)}
+        parted = set() if self._swapped else keys & self._parted
         self._load(sorted(keys - parted), convert=True)
         self._load(sorted(parted), convert=False)
         if split:
             self._load_split(split)
-
-    def _is_parted(self, key: str, names: NameMap) -> bool:
-        """Whether a tensor of a single expert goes to that expert's layer, past Transformers' fusing converter."""
-        return bool(self.replaced) and key in self._parted_keys
-
-    @property
-    def _parted_keys(self) -> set[str]:
-        if not hasattr(self, "_parted"):
-            was = set(self.original_names.direct.values())
-            self._parted = {key for key in self.names.direct.values() if key not in was}
-        return self._parted
 
     def _load_split(self, split: dict[str, Replaced]) -> None:
         """Load fused modules as Transformers does, and cut the layers' weights out of them."""
