@@ -26,16 +26,23 @@ from auto_round.formats.writer import write_json
 from auto_round.logger import logger
 from auto_round.plan import LayerPlan
 
+BESIDE = "beside:"  # begins the names of tensors that belong to no layer
+
 
 @dataclass
 class BlockResult:
-    """A block's codes and how they were found. losses: (iteration, mean square error of the output) of the tuning."""
+    """A block's codes and how they were found.
+
+    losses: (iteration, mean square error of the output) of the tuning.
+    beside: tensors of no layer that are stored with the block (scales of attention), by parameter name.
+    """
 
     tensors: dict[str, QuantizedTensor]
     losses: list[tuple[int, float]] = field(default_factory=list)
     start_loss: float | None = None
     final_loss: float | None = None
     note: str = ""
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class StoreError(RuntimeError):
@@ -99,9 +106,10 @@ class Store:
         tensors = {}
         for name, tensor in result.tensors.items():
             tensors[f"{name}.codes"] = pack_bits(tensor.codes, tensor.spec.bits, dim=1)
-            tensors[f"{name}.scale"] = tensor.scale.contiguous()
-            if tensor.zero_point is not None:
-                tensors[f"{name}.zero_point"] = tensor.zero_point.contiguous()
+            parts = {"scale": tensor.scale, "zero_point": tensor.zero_point, "input_scale": tensor.input_scale}
+            parts |= {f"extra.{key}": value for key, value in tensor.extra.items()}
+            tensors |= {f"{name}.{key}": value.contiguous() for key, value in parts.items() if value is not None}
+        tensors |= {f"{BESIDE}{name}": tensor for name, tensor in result.beside.items()}
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         facts = {k: getattr(result, k) for k in ("losses", "start_loss", "final_loss", "note")}
         metadata = {"block": block, "sha256": _digest(tensors), "result": json.dumps(facts)}
@@ -130,14 +138,25 @@ class Store:
         for name, plan in layers.items():
             if f"{name}.codes" not in tensors:
                 raise StoreError(f"{self.path(block)} has no codes for {name}: delete it and run again")
-            spec = plan.scheme.weight
+            spec, extra = plan.scheme.weight, f"{name}.extra."
             result.tensors[name] = QuantizedTensor(
                 unpack_bits(tensors[f"{name}.codes"], spec.bits, dim=1),
                 tensors[f"{name}.scale"],
                 tensors.get(f"{name}.zero_point"),
                 spec,
+                {key.removeprefix(extra): value for key, value in tensors.items() if key.startswith(extra)},
+                tensors.get(f"{name}.input_scale"),
             )
+        result.beside = {key.removeprefix(BESIDE): value for key, value in tensors.items() if key.startswith(BESIDE)}
         return result
+
+    def beside(self, block: str) -> dict[str, torch.Tensor]:
+        """A block's tensors of no layer alone; none if the block is not there."""
+        if not self.has(block):
+            return {}
+        with safe_open(self.path(block), framework="pt") as handle:
+            names = [name for name in handle.keys() if name.startswith(BESIDE)]  # noqa: SIM118
+            return {name.removeprefix(BESIDE): handle.get_tensor(name) for name in names}
 
     def recover(self, block: str, layers: Mapping[str, LayerPlan]) -> BlockResult | None:
         """A block of an earlier run, or None if it has to be done (again)."""

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from auto_round.calibration.block_io import BlockIO
-from auto_round.data_type.base import QuantizedTensor
+from auto_round.data_type.base import QuantizedTensor, WeightTask
 from auto_round.plan import LayerPlan
+from auto_round.schemes import TensorSpec
 from auto_round.settings import TuneSettings
 
 
@@ -20,7 +21,8 @@ class BlockTask:
     """One block to quantize.
 
     layers: full layer name → plan; io: its calibration activations, None where the algorithm needs none;
-    importance: layer name → mean square of each input channel [in]; sparse: layers that too few tokens reach to tune
+    importance: layer name → mean square of each input channel [in]; fused_max: layer name → largest magnitude over
+    the layers that engines fuse with it; sparse: layers that too few tokens reach to tune
     their rounding; amp: autocast context of its forward;
     on_step: called as (iteration, loss) to show progress.
     """
@@ -32,6 +34,7 @@ class BlockTask:
     seed: int
     io: BlockIO | None = None
     importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fused_max: Mapping[str, float] = field(default_factory=dict)
     sparse: frozenset[str] = frozenset()
     amp: Callable[[], AbstractContextManager] | None = None
     on_step: Callable[[int, float], None] = lambda step, loss: None
@@ -43,6 +46,20 @@ class BlockTask:
     def weight(self, layer: str) -> torch.Tensor:
         """[out, in], whatever the orientation in which the module stores it."""
         return oriented(self.module.get_parameter(self.weight_name(layer)), self.layers[layer])
+
+    def spec(self, layer: str) -> TensorSpec:
+        return self.layers[layer].scheme.weight
+
+    def of(self, layer: str) -> WeightTask:
+        """A layer's weight as its number family takes it."""
+        return WeightTask(
+            self.weight(layer),
+            self.spec(layer),
+            self.importance.get(layer),
+            self.settings.search,
+            self.settings.enable_minmax_tuning,
+            self.fused_max.get(layer),
+        )
 
 
 def relative_name(layer: str, block: str) -> str:

@@ -12,10 +12,4 @@ from auto_round.store import BlockResult
 @torch.no_grad()
 def quantize_block(task: BlockTask) -> BlockResult:
     """Codes of every layer of the block; `settings.search` picks the scale by importance-weighted error."""
-    tensors = {}
-    for name, plan in task.layers.items():
-        family = data_type(plan.scheme.data_type)
-        spec, weight = plan.scheme.weight, task.weight(name)
-        scale, zero = family.start_point(weight, spec, task.importance.get(name), task.settings.search)
-        tensors[name] = family.finish(weight, scale, zero, None, spec)
-    return BlockResult(tensors)
+    return BlockResult({name: data_type(task.spec(name).data_type).quantize(task.of(name)) for name in task.layers})

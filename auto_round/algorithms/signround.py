@@ -74,17 +74,10 @@ class _Tuner:
         self.random = random.Random(task.seed)
         self.micro = micro_batch(self.io.lengths, self.io.device, task.settings.batch_size)
         task.module.requires_grad_(False)
-        self.tunables = {name: self._tunable(name) for name in task.layers}
+        self.tunables = {name: data_type(task.spec(name).data_type).tunable(task.of(name)) for name in task.layers}
         self.momentum: dict[int, torch.Tensor] = {}
         count = len(self.io.lengths)
         self.judges = random.Random(0).sample(range(count), min(JUDGE_SAMPLES, count))
-
-    def _tunable(self, name: str):
-        plan, settings = self.task.layers[name], self.task.settings
-        family, spec = data_type(plan.scheme.data_type), plan.scheme.weight
-        weight = self.task.weight(name)
-        scale, zero = family.start_point(weight, spec, self.task.importance.get(name), settings.search)
-        return family.Tunable(weight, spec, scale, zero, settings.enable_minmax_tuning)
 
     def batches(self) -> Iterator[list[int]]:
         """Endless batches: shuffled passes over the samples, the remainder of a pass dropped."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
+from auto_round.data_type import data_type
 from auto_round.schemes import TensorSpec
 
 
@@ -13,20 +17,31 @@ from auto_round.schemes import TensorSpec
 class QuantizedTensor:
     """A weight after its codes are decided. Nobody rounds again: exporters move these bits.
 
+    What the fields hold is the family's business (`spec.data_type`, `auto_round/data_type/`); for integers:
+
     codes: uint8 [out, in], unsigned codes 0 … 2^bits - 1 (a symmetric code q is stored as q + 2^(bits-1)).
     scale: float16 [out, groups], or [1, 1] when the whole tensor is one group; may be negative (full-range symmetric).
     zero_point: uint8, shape of `scale`; None for symmetric, whose zero point is 2^(bits-1).
+    extra: what else a family keeps, by name (NVFP4's scale of the whole tensor, llama.cpp's scales of super-blocks).
+    input_scale: float32 [1], the fixed scale of what enters the layer, where the scheme has one (see
+        `NumberFamily.input_scale`).
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     spec: TensorSpec
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    input_scale: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.codes.dtype != torch.uint8 or self.codes.dim() != 2:
+            raise ValueError(f"codes must be uint8 [out, in], not {self.codes.dtype} {tuple(self.codes.shape)}")
+        if self.spec.data_type == "int":
+            self._check_integers()
+
+    def _check_integers(self) -> None:
         rows, columns = self.codes.shape
-        if self.codes.dtype != torch.uint8:
-            raise ValueError(f"codes must be uint8, not {self.codes.dtype}")
         if self.scale.shape[0] not in (1, rows) or columns % self.scale.shape[1]:
             raise ValueError(f"scale {tuple(self.scale.shape)} does not fit codes {tuple(self.codes.shape)}")
         if (self.zero_point is None) != self.spec.sym:
@@ -40,14 +55,8 @@ class QuantizedTensor:
         return self.codes.shape[1] // self.scale.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """[out, in] weight `scale * (code - zero_point)`; exact in float32, rounded once to `dtype`."""
-        rows, columns = self.codes.shape
-        groups = self.codes.view(rows, self.scale.shape[1], -1).float()
-        if self.zero_point is None:
-            groups = groups - float(1 << (self.spec.bits - 1))
-        else:
-            groups = groups - self.zero_point.float().unsqueeze(-1)
-        return (groups * self.scale.float().unsqueeze(-1)).view(rows, columns).to(dtype)
+        """The [out, in] weight that the codes mean; exact in float32 or rounded once to it, then to `dtype`."""
+        return data_type(self.spec.data_type).dequantize(self).to(dtype)
 
     def per_row(self) -> QuantizedTensor:
         """The same values with a scale for every output row, which file formats can hold."""
@@ -55,8 +64,67 @@ class QuantizedTensor:
         if self.scale.shape[0] == rows:
             return self
         zero_point = None if self.zero_point is None else self.zero_point.expand(rows, -1).contiguous()
-        spec = TensorSpec(self.spec.bits, -1, self.spec.sym, self.spec.data_type)
-        return QuantizedTensor(self.codes, self.scale.expand(rows, -1).contiguous(), zero_point, spec)
+        spec = dataclasses.replace(self.spec, group_size=-1)
+        scale = self.scale.expand(rows, -1).contiguous()
+        return dataclasses.replace(self, scale=scale, zero_point=zero_point, spec=spec)
+
+
+@dataclass(frozen=True)
+class WeightTask:
+    """A weight to quantize, and what is known of it.
+
+    weight: [out, in]; importance: [in], mean square of each input channel (None: all alike); search: look for the
+    scales of least weighted error instead of taking min/max; tune_clip: scales are tuned, not only rounding.
+    fused_max: largest magnitude over the layers with which engines make one of this, for scales they must share.
+    """
+
+    weight: torch.Tensor
+    spec: TensorSpec
+    importance: torch.Tensor | None = None
+    search: bool = False
+    tune_clip: bool = True
+    fused_max: float | None = None
+
+
+class Tunable(Protocol):
+    """A weight whose rounding is being tuned.
+
+    parameters: name → leaf tensor that the optimizer moves; "value" (rounding offsets) and "clip" have learning rates.
+    """
+
+    parameters: Mapping[str, torch.Tensor]
+
+    def fake_quantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The quantized weight [out, in] in `dtype`, bit for bit `finish().dequantize(dtype)`, with gradients."""
+
+    def reset(self) -> None:
+        """Back to the starting point."""
+
+    def finish(self) -> QuantizedTensor: ...
+
+
+class NumberFamily(Protocol):
+    """What a module of `auto_round/data_type/` offers."""
+
+    def quantize(self, task: WeightTask) -> QuantizedTensor:
+        """Round to nearest, with scales from min/max or searched ones."""
+
+    def tunable(self, task: WeightTask) -> Tunable:
+        """The weight under tuning; it starts as what `quantize` gives."""
+
+    def dequantize(self, tensor: QuantizedTensor) -> torch.Tensor:
+        """float32 [out, in]."""
+
+    # Families in which engines take activations, too:
+
+    def input_scale(self, largest: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+        """float32 [1], the fixed scale for inputs up to this magnitude, rounded to what files store."""
+
+    def quantize_input(self, x: torch.Tensor, spec: TensorSpec, input_scale: torch.Tensor | None) -> torch.Tensor:
+        """A layer's input […, in] as the engine would round it, in the dtype of `x`; gradients pass straight through.
+
+        input_scale: as `input_scale` gave it; None where all scales are found anew for each input.
+        """
 
 
 def group_count(in_features: int, group_size: int) -> int:

@@ -9,21 +9,27 @@ RNE: round half to even, M = 2^(bits-1)):
 
 The scale is rounded to float16, the dtype it is stored in, before it divides the weight, so what the tuning loss sees
 is what a reader of the file gets.
+
+Activations are symmetric over ±(M-1): s = max|x| / (M-1), code = RNE(x/s), as vLLM's int8 kernels have it.
 """
 
 from __future__ import annotations
 
 import torch
 
-from auto_round.data_type.base import QuantizedTensor, grouped
+from auto_round.data_type.base import QuantizedTensor, WeightTask, grouped
+from auto_round.data_type.inputs import StraightThrough, largest_in, round_input
 from auto_round.schemes import TensorSpec
 
 SCALE_DTYPE = torch.float16
 MIN_SCALE = 1e-5  # keeps the quotient finite in float16 for groups of zeros
 MAX_SCALE = 6.0e4  # below float16's largest value
 SEARCH_STEPS = 40
+FINE_STEPS = 8  # from FINE_BITS on: the best range is close to min/max, and gains little
+FINE_BITS = 7
 SEARCH_REFITS = 2
 FAVOUR_LARGE = 3  # bits up to which the search favours large weights
+MIN_INPUT = 1e-10  # stands for the largest input of a token of zeros
 CHUNK = 1 << 18  # weights handled at once: scratch memory stays small, and in the cache
 
 
@@ -84,6 +90,55 @@ def finish(
     )
 
 
+def quantize(task: WeightTask) -> QuantizedTensor:
+    """Round to nearest."""
+    scale, zero = start_point(task.weight, task.spec, task.importance, task.search)
+    return finish(task.weight, scale, zero, None, task.spec)
+
+
+def tunable(task: WeightTask) -> TunableInt:
+    """The weight under tuning."""
+    scale, zero = start_point(task.weight, task.spec, task.importance, task.search)
+    return TunableInt(task.weight, task.spec, scale, zero, task.tune_clip)
+
+
+def dequantize(tensor: QuantizedTensor) -> torch.Tensor:
+    """float32 [out, in] weight `scale * (code - zero_point)`."""
+    rows, columns = tensor.codes.shape
+    groups = tensor.codes.view(rows, tensor.scale.shape[1], -1).float()
+    if tensor.zero_point is None:
+        groups = groups - float(1 << (tensor.spec.bits - 1))
+    else:
+        groups = groups - tensor.zero_point.float().unsqueeze(-1)
+    return (groups * tensor.scale.float().unsqueeze(-1)).view(rows, columns)
+
+
+def input_scale(largest: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
+    """float32 [1]: the fixed scale of inputs up to this magnitude."""
+    return largest.detach().float().reshape(1).clamp(min=MIN_INPUT) / ((1 << (spec.bits - 1)) - 1)
+
+
+def quantize_input(x: torch.Tensor, spec: TensorSpec, input_scale: torch.Tensor | None) -> torch.Tensor:
+    """`x` [..., in] as an engine rounds it, in its dtype; gradients pass straight through.
+
+    Raises:
+        ValueError: an asymmetric scheme, which no engine runs.
+    """
+    if not spec.sym:
+        raise ValueError("integer activations are symmetric in every engine: use act_sym=True")
+    most = (1 << (spec.bits - 1)) - 1
+
+    def round_groups(groups: torch.Tensor) -> torch.Tensor:
+        if input_scale is not None:
+            return groups.div_(input_scale).round_().clamp_(-most - 1, most).mul_(input_scale)
+        largest = largest_in(groups).clamp_(min=MIN_INPUT)
+        # No value exceeds its own group's largest, so nothing is clamped; kernels multiply by this quotient.
+        return groups.mul_(most / largest).round_().mul_(largest / most)
+
+    # A given scale needs no view of the whole tensor.
+    return round_input(x, -1 if input_scale is not None else spec.group_size, round_groups)
+
+
 def start_point(
     weight: torch.Tensor, spec: TensorSpec, importance: torch.Tensor | None, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -137,7 +192,10 @@ def search_scale(
     low, high = minmax_range(w)
     best_scale, best_zero = _minmax_start(groups, spec)
     best = _weighted_error(w, importance, best_scale, best_zero, spec)
-    for factor in torch.linspace(0.35, 1.15, SEARCH_STEPS).tolist():
+    factors = (
+        torch.linspace(0.35, 1.15, SEARCH_STEPS) if spec.bits < FINE_BITS else torch.linspace(0.93, 1.07, FINE_STEPS)
+    )
+    for factor in factors.tolist():
         raw, zero = scale_from_range(low * factor, high * factor, spec)
         scale = store_scale(raw)
         if zero is not None:
@@ -208,12 +266,12 @@ class TunableInt:
         """Stored scale and zero for the present clipping; differentiable, straight through their rounding."""
         clip = self.clip.clamp(*self.CLIP_BOUNDS)
         if self.start_zero is None:
-            return _Through.apply(self.start_scale * clip[0], store_scale), None
+            return StraightThrough.apply(self.start_scale * clip[0], store_scale), None
         levels = (1 << self.spec.bits) - 1
         low = -self.start_zero * self.start_scale * clip[0]
         high = (levels - self.start_zero) * self.start_scale * clip[1]
-        scale = _Through.apply((high - low) / levels, store_scale)
-        return scale, _Through.apply(-low / scale, torch.round).clamp(0, levels)
+        scale = StraightThrough.apply((high - low) / levels, store_scale)
+        return scale, StraightThrough.apply(-low / scale, torch.round).clamp(0, levels)
 
     def fake_quantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The quantized weight [out, in] in `dtype`, with gradients for `value` and `clip`."""
@@ -229,18 +287,6 @@ class TunableInt:
     def finish(self) -> QuantizedTensor:
         scale, zero = self.scale_and_zero()
         return finish(self.weight.reshape(self.shape), scale, zero, self.value, self.spec)
-
-
-class _Through(torch.autograd.Function):
-    """function(x), bit for bit, with the gradient of the identity (straight-through estimator)."""
-
-    @staticmethod
-    def forward(ctx, x, function):
-        return function(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
 
 
 class _FakeQuantize(torch.autograd.Function):
