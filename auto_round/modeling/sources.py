@@ -21,6 +21,7 @@ import torch
 
 from auto_round.formats.packing import unpack_bits
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError, DequantizedCheckpoint, TensorEntry
+from auto_round.utils.patterns import match
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
 _PAIRS = torch.stack([E2M1.repeat(16), E2M1.repeat_interleave(16)], dim=1)  # byte → values of its low, high nibble
@@ -323,7 +324,7 @@ def _arguments(source: Checkpoint, config: Mapping[str, Any], layer: str) -> Map
     class_name = "Embedding" if "embed" in layer.rpartition(".")[2] else "Linear"
     tests = (
         lambda target: target == layer,
-        lambda target: target.startswith("re:") and re.match(target[3:], layer),
+        lambda target: target.startswith("re:") and match(target[3:], layer),
         lambda target: target == class_name,
     )
     for test in tests:
