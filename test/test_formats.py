@@ -54,7 +54,7 @@ PLANS = {
 
 
 @pytest.mark.parametrize("fields", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "mlx"])  # it rounds scales: test_mlx.py
 def test_pack_matches_layout_and_unpacks_to_itself(name: str, fields: dict) -> None:
     plan = plan_for(fields, lm_head=True)
     try:

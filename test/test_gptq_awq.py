@@ -19,10 +19,12 @@ from auto_round import AutoRound
 from auto_round.data_type.base import QuantizedTensor
 from auto_round.formats import make_format
 from auto_round.formats.base import TensorShape
+from auto_round.inference.load import load_model
 from auto_round.plan import LayerInfo, ModelPlan, PlanError, make_plan
 from auto_round.schemes import parse_scheme
-from auto_round.utils.model import load_model
-from auto_round.verify import Artifact, VerificationError, verify_artifact
+from auto_round.verify.artifact import Artifact
+from auto_round.verify.finished import verify_artifact
+from auto_round.verify.result import VerificationError
 
 BLOCKS = [["model.layers.0", "model.layers.1"]]
 PARTS = ("self_attn.q_proj", "mlp.down_proj")

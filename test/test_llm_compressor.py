@@ -15,8 +15,9 @@ from auto_round.formats import make_format
 from auto_round.modeling.checkpoint import CheckpointError
 from auto_round.plan import LayerInfo, PlanError, make_plan
 from auto_round.schemes import parse_scheme
-from auto_round.verify import Artifact, layout_problem, verify_artifact
-from auto_round.verify_packed import weight_args
+from auto_round.verify.artifact import Artifact, layout_problem
+from auto_round.verify.finished import verify_artifact
+from auto_round.verify.packed import weight_args
 
 compressed_tensors = pytest.importorskip("compressed_tensors")
 

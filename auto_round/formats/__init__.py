@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from auto_round.plan import ModelPlan, PlanError
+from auto_round.schemes import GGUF_FILES
 
 if TYPE_CHECKING:
     from auto_round.formats.base import ExportFormat
@@ -18,9 +19,16 @@ FORMATS: dict[str, str] = {
     "auto_round:auto_gptq": "auto_round.formats.auto_round:AutoRoundFormat",
     "auto_round:auto_awq": "auto_round.formats.auto_round:AutoRoundFormat",
     "auto_round:gptqmodel": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:llm_compressor": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:fp8_static": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:fp8": "auto_round.formats.auto_round:AutoRoundFormat",
+    "auto_round:int8": "auto_round.formats.auto_round:AutoRoundFormat",
+    "fp8": "auto_round.formats.fp8:Fp8Format",
     "llm_compressor": "auto_round.formats.llm_compressor:LlmCompressorFormat",
     "auto_gptq": "auto_round.formats.auto_gptq:AutoGptqFormat",
     "auto_awq": "auto_round.formats.auto_awq:AutoAwqFormat",
+    **{f"gguf:{name.lower()}": "auto_round.formats.gguf:GgufFormat" for name in GGUF_FILES},
+    "mlx": "auto_round.formats.mlx:MlxFormat",
     "fake": "auto_round.formats.fake:FakeFormat",
 }
 ALIASES = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
@@ -45,4 +53,7 @@ def make_format(name: str, plan: ModelPlan) -> ExportFormat:
     """Bind a format to a plan. Raises PlanError if there is no such format or it cannot hold the plan."""
     known = format_name(name)
     module, attribute = FORMATS[known].split(":")
+    tables = [layer.name for layer in plan.quantized().values() if layer.info.role == "embedding"]
+    if tables and known != "fake" and not known.startswith("gguf:"):
+        raise PlanError(f"only GGUF files hold a quantized embedding, and {known} cannot take that of {tables[0]}")
     return getattr(importlib.import_module(module), attribute)(plan, known)

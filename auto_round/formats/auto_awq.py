@@ -32,6 +32,8 @@ _FIXED = {
 class AutoAwqFormat(AutoRoundFormat):
     """Packs a plan's layers for readers of AWQ checkpoints."""
 
+    pack_attention = None  # they know no scales of attention
+
     def __init__(self, plan: ModelPlan, name: str = "auto_awq"):
         check_weight_only(plan, name)
         layers = list(plan.quantized().values())

@@ -39,6 +39,8 @@ _FIXED = {
 class AutoGptqFormat(AutoRoundFormat):
     """Packs a plan's layers for readers of GPTQ checkpoints."""
 
+    pack_attention = None  # they know no scales of attention
+
     def __init__(self, plan: ModelPlan, name: str = "auto_gptq"):
         check_weight_only(plan, name)
         for layer in plan.quantized().values():

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from auto_round.data_type.base import QuantizedTensor
-from auto_round.formats.base import TensorShape
+from auto_round.formats.base import ExportFormat, TensorShape
 from auto_round.plan import LayerInfo, LayerPlan, ModelPlan
 
 
-class FakeFormat:
+class FakeFormat(ExportFormat):
     """Stores one float `weight` per layer; experts that the source holds fused are fused again."""
 
     plain = True

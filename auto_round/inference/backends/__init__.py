@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from auto_round.formats.float_layouts import AUTO_ROUND_PACKINGS
 from auto_round.formats.packing import AUTO_AWQ, AUTO_GPTQ, GPTQMODEL, PLAIN
+from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,7 +29,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A layer of a checkpoint: `group_size` is what is stored (-1 resolved), `dtype` what it computes in."""
+    """A layer of a checkpoint: `group_size` is what is stored (-1 resolved), `dtype` what it computes in.
+
+    scheme: all that is known of it, for layers that are no plain integers.
+    """
 
     name: str
     out_features: int
@@ -38,6 +43,7 @@ class PackedLayer:
     packing: str
     dtype: torch.dtype
     has_bias: bool = False
+    scheme: QuantizationScheme | None = None
 
     @property
     def groups(self) -> int:
@@ -86,6 +92,8 @@ def _names(values: Any) -> str:
 
 
 def _multiples_of_32(layer: PackedLayer) -> str | None:
+    if layer.packing == AUTO_AWQ and layer.bits != 4:
+        return f"reads 4 bits in packing {AUTO_AWQ}, not {layer.bits}"
     if layer.in_features % 32 or layer.out_features % 32:
         return f"needs dimensions that are multiples of 32, not {layer.out_features}×{layer.in_features}"
     if layer.group_size < 1 or layer.in_features % layer.group_size:
@@ -104,7 +112,10 @@ def _int4_op_shape(layer: PackedLayer) -> str | None:
 BACKENDS: dict[str, Backend] = {
     "torch": Backend(
         builder="auto_round.inference.backends.torch:QuantLinear",
-        aliases=("auto_round", "auto_round:torch", "torch_zp", "auto_round:torch_zp"),
+        aliases=(
+            *("auto_round", "auto_round:torch", "torch_zp", "auto_round:torch_zp"),
+            *("awq_torch", "gptqmodel:awq_torch", "gptqmodel_awq_torch"),
+        ),
         devices=("cpu", "cuda", "xpu", "mps"),  # nothing in it is specific to a device
         packings=_ALL_PACKINGS,
         bits=(2, 3, 4, 5, 6, 7, 8),
@@ -136,7 +147,40 @@ BACKENDS: dict[str, Backend] = {
         priority=3,
         about="the kernels of auto-round-lib for few rows, the reference for many",
     ),
+    "torch_float": Backend(
+        builder="auto_round.inference.backends.floats:FloatLinear",
+        aliases=(
+            *("torch", "auto_round", "auto_round:torch"),
+            *(f"auto_round:torch_{kind}" for kind in ("mxfp4", "mxfp8", "nvfp4", "mxint4", "fp8_static")),
+        ),
+        devices=("cpu", "cuda", "xpu", "mps"),
+        packings=AUTO_ROUND_PACKINGS,
+        bits=(4, 8),
+        sym=(True,),
+        dtypes=_FLOATS,
+        priority=0,
+        about="the reference: dequantizes the weight and rounds the input, then an ordinary matrix product",
+    ),
 }
+
+
+ELSEWHERE = {
+    "gptqmodel": "GPTQModel's kernels for CUDA",
+    "marlin": "GPTQModel's kernels for CUDA",
+    "exllamav2": "GPTQModel's kernels for CUDA",
+    "gptq": "AutoGPTQ's kernels for CUDA",
+    "auto_gptq": "AutoGPTQ's kernels for CUDA",
+    "awq": "AutoAWQ's kernels for CUDA",
+    "auto_awq": "AutoAWQ's kernels for CUDA",
+    "triton": "Triton's kernels for CUDA and XPU",
+    "humming": "Humming's kernels for CUDA",
+    "cute": "CuTe's kernels for CUDA",
+    "auto_round_kernel_": "auto-round-lib's kernels for XPU",
+    "hpu": "kernels for Gaudi",
+    "mlx": "MLX's kernels for Apple silicon",
+    "fake": "models that keep floats",
+}
+"""Beginnings of names that other loaders have, for what is not called from here → what they mean."""
 
 
 def backend_names(requested: str) -> tuple[str, ...]:
@@ -150,10 +194,18 @@ def backend_names(requested: str) -> tuple[str, ...]:
         return tuple(BACKENDS)
     found = tuple(name for name, row in BACKENDS.items() if wanted == name or wanted in row.aliases)
     if not found:
-        close = difflib.get_close_matches(wanted, BACKENDS, n=1, cutoff=0.5)
-        nearest = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown backend {requested!r}{nearest}; known: auto, {', '.join(BACKENDS)}")
+        raise ValueError(_unknown(requested, wanted))
     return found
+
+
+def _unknown(requested: str, wanted: str) -> str:
+    known = f"known: auto, {', '.join(BACKENDS)}"
+    stem = wanted.removeprefix("auto_round:")
+    meaning = next((text for start, text in ELSEWHERE.items() if stem.startswith(start)), None)
+    if meaning is not None:
+        return f"unknown backend {requested!r}; {known}; it means {meaning}, which are not called here: leave it out"
+    close = difflib.get_close_matches(wanted, BACKENDS, n=1, cutoff=0.5)
+    return f"unknown backend {requested!r}{f'; did you mean {close[0]!r}?' if close else ''}; {known}"
 
 
 def choose_backend(layer: PackedLayer, device: str, requested: str = "auto") -> tuple[str, str]:
@@ -167,7 +219,10 @@ def choose_backend(layer: PackedLayer, device: str, requested: str = "auto") -> 
     usable = [name for name in names if objections[name] is None]
     if not usable:
         reasons = "; ".join(f"{name} {reason}" for name, reason in objections.items())
-        raise ValueError(f"no backend {'' if requested == 'auto' else repr(requested) + ' '}for {layer}: {reasons}")
+        others = [name for name in BACKENDS if name not in names and BACKENDS[name].objection(layer, device) is None]
+        usable_ones = f"; usable: {', '.join(others)}" if others else ""
+        wanted = "" if requested == "auto" else f"{requested!r} "
+        raise ValueError(f"no backend {wanted}for {layer}: {reasons}{usable_ones}")
     chosen = max(usable, key=lambda name: BACKENDS[name].priority)
     better = [
         f"{name} {reason}"

@@ -30,6 +30,9 @@ class ArkLinear(QuantLinear):
 
     def post_init(self) -> None:
         super().post_init()
+        if self.g_idx is not None:
+            self.backend, self.backend_reason = "torch", "its groups are not of consecutive inputs (act-order)"
+            return
         layer, middle = self.layer, 1 << (self.layer.bits - 1)
         self._kernels = importlib.import_module("auto_round_kernel")
         self._symmetric = self._constant_zero == middle

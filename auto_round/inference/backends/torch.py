@@ -26,7 +26,8 @@ class QuantLinear(nn.Module):
     """A linear layer [out, in] over packed codes.
 
     Buffers `qweight`, `qzeros` (int32), `scales` (float16, never cast) as in `packing.packed_shapes`, and `bias` [out]
-    if the layer has one. `g_idx` is only a place for what some checkpoints carry: it is checked and dropped.
+    if the layer has one. `g_idx` int32 [in], the group of each input, is kept only where groups are not of consecutive
+    inputs (GPTQ's act-order).
     """
 
     backend = "torch"
@@ -65,16 +66,18 @@ class QuantLinear(nn.Module):
         """Check that everything arrived, once the checkpoint is loaded.
 
         Raises:
-            ValueError: a packed tensor is missing or has the wrong shape.
-            NotImplementedError: inputs are assigned to groups out of order.
+            ValueError: a packed tensor is missing, has the wrong shape, or holds what no layer has.
         """
         self._check_loaded()
-        self._check_order()
+        self._check_groups()
         zeros = decode_zeros(self.layer.packing, self.qzeros, self.layer.bits)
         first = int(zeros.flatten()[0])
         self._constant_zero = first if bool((zeros == first).all()) else None
+        if not bool(self.scales.isfinite().all()):
+            raise ValueError(f"{self.layer.name}.scales holds NaN or Inf: the checkpoint is damaged")
         if self.scales.dtype != torch.float16:  # a model that keeps parts in float32 had them cast up, losslessly
-            self.scales = self.scales.half()
+            half = self.scales.half()
+            self.scales = half if torch.equal(half.float(), self.scales.float()) else self.scales.float()
         self._ready = True
 
     def _check_loaded(self) -> None:
@@ -86,14 +89,29 @@ class QuantLinear(nn.Module):
                     "its quantization_config does not describe its weights"
                 )
 
-    def _check_order(self) -> None:
-        if self.g_idx is not None and "g_idx" in self._loaded:
-            inputs = torch.arange(self.in_features, device=self.g_idx.device)
-            if not torch.equal(self.g_idx.long(), inputs // self.layer.group_size):
-                raise NotImplementedError(
-                    f"{self.layer.name}.g_idx assigns inputs to groups out of order (desc_act): not supported"
-                )
+    def _check_groups(self) -> None:
+        """Drop a `g_idx` that says nothing; refuse one that names groups that there are not."""
+        if self.g_idx is None:
+            return
+        if "g_idx" in self._loaded and self.layer.groups > 1:
+            groups = self.g_idx.long()
+            if groups.shape != (self.in_features,) or int(groups.min()) < 0 or int(groups.max()) >= self.layer.groups:
+                raise ValueError(f"{self.layer.name}.g_idx names groups beyond its {self.layer.groups}: damaged")
+            if not torch.equal(groups, torch.arange(self.in_features, device=groups.device) // self.layer.group_size):
+                self.g_idx = groups.int()
+                return
         self.g_idx = None
+
+    def require_order(self) -> None:
+        """Refuse a layer whose groups are known to be of other inputs than consecutive ones, and not which.
+
+        Raises:
+            ValueError: the checkpoint had no `g_idx`.
+        """
+        if "g_idx" not in self._loaded and self.layer.groups > 1:
+            raise ValueError(
+                f"{self.layer.name} has no g_idx, but desc_act says that its inputs were reordered: download it again"
+            )
 
     def codes(self, start: int, stop: int) -> torch.Tensor:
         """uint8 codes [stop - start, in] of some outputs (multiples of 32)."""
@@ -110,8 +128,13 @@ class QuantLinear(nn.Module):
         step = max(64, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // layer.in_features // 64 * 64)
         for start in range(0, layer.out_features, step):
             rows = slice(start, min(start + step, layer.out_features))
-            values = self.codes(rows.start, rows.stop).float().view(-1, layer.groups, layer.group_size)
-            values.sub_(zeros[rows] if isinstance(zeros, torch.Tensor) else zeros).mul_(scales[rows])
+            values = self.codes(rows.start, rows.stop).float()
+            zero = zeros[rows] if isinstance(zeros, torch.Tensor) else zeros
+            if self.g_idx is not None:
+                zero = zero[:, self.g_idx, 0] if isinstance(zero, torch.Tensor) else zero
+                values.sub_(zero).mul_(scales[rows][:, self.g_idx, 0])
+            else:
+                values = values.view(-1, layer.groups, layer.group_size).sub_(zero).mul_(scales[rows])
             weight[rows] = values.view(-1, layer.in_features)
         return weight
 

@@ -38,6 +38,9 @@ class Int4Linear(QuantLinear):
 
     def post_init(self) -> None:
         super().post_init()
+        if self.g_idx is not None:
+            self.backend, self.backend_reason = "torch", "its groups are not of consecutive inputs (act-order)"
+            return
         packed = self._repack()
         if packed is None:
             logger.warning("%s: this PyTorch packs 4-bit weights in an unknown layout; using the reference", self.layer)
