@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from auto_round import AutoRound
 from auto_round.modeling.checkpoint import CheckpointError
-from auto_round.verify import verify_artifact
+from auto_round.verify.finished import verify_artifact
 
 
 @pytest.fixture
