@@ -8,13 +8,17 @@ ROOT = Path(__file__).parent
 VERSION = "0.17.0.dev0"
 
 EXTRAS = {
+    "gguf": ["gguf>=0.17", "sentencepiece>=0.2"],
     "compressed-tensors": ["compressed-tensors>=0.15"],
     "datasets": ["datasets>=3"],
     "eval": ["lm-eval>=0.4.8"],
     "kernels": ["auto-round-lib>=0.16"],
     "vision": ["pillow>=10", "torchvision"],
     "audio": ["soundfile", "soxr", "librosa"],
-    "test": ["pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "pillow>=10", "compressed-tensors>=0.15"],
+    "test": [
+        *("pytest>=8", "pytest-xdist>=3", "hypothesis>=6", "ruff>=0.8", "pillow>=10"),
+        *("compressed-tensors>=0.15", "gguf>=0.17", "sentencepiece>=0.2"),
+    ],
 }
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from auto_round.compressors.base import Compressor
+from auto_round.formats.engines import EngineProfile, engine
 from auto_round.modeling.streaming import StreamedModel
-from auto_round.schemes import FIELD_NAMES, QuantizationScheme, parse_scheme
-from auto_round.settings import CalibSettings, SettingsError, TuneSettings
+from auto_round.schemes import FIELD_NAMES, GGUF_FILES, PRESET_SCHEMES, QuantizationScheme, SchemeError, parse_scheme
+from auto_round.settings import AttentionSettings, CalibSettings, SettingsError, TuneSettings
 from auto_round.utils.device import pick_device
 from auto_round.utils.model import load_streamed, load_tokenizer, resolve_model_dir
 
@@ -28,6 +29,7 @@ _TUNE = (
     "dynamic_max_gap",
     "amp",
 )
+_ATTENTION = ("static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity")
 _OWN = (
     "ignore_layers",
     "fp_layers",
@@ -41,6 +43,7 @@ _OWN = (
     "enable_opt_rtn",
     "trust_remote_code",
     "format",
+    "engine",
     "model_dtype",
     "apply_chat_template",
     "show_progress",
@@ -69,7 +72,9 @@ class AutoRound:
         **kwargs: scheme fields (bits, group_size, sym …), tuning settings (lr, minmax_lr …), `ignore_layers`,
             `processor`, `extra_data_dir`, `template` (for calibrating on images or audio with text),
             `quant_lm_head`, `quant_nontext_module` (vision and audio towers too), `to_quant_block_names`,
-            `disable_opt_rtn`, `trust_remote_code`, `format`, `model_dtype`.
+            `disable_opt_rtn`, `trust_remote_code`, `format`, `model_dtype`; `static_kv_dtype="fp8"` and
+            `static_attention_dtype="fp8"` (with `…_granularity` "tensor" or "head") for fixed scales of the KV cache
+            and of attention, in the formats auto_round and llm_compressor.
 
     Returns:
         A `Compressor`; there are no `AutoRound` instances.
@@ -123,11 +128,14 @@ class AutoRound:
             kwargs.pop("extra_data_dir", None),
             kwargs.pop("template", None),
         )
-        parsed = parse_scheme(scheme, **fields)
+        attention = AttentionSettings(**{name: kwargs.pop(name) for name in _ATTENTION if name in kwargs})
+        target = engine(kwargs["engine"]) if kwargs.get("engine") else None
+        parsed, gguf = _scheme_and_file(scheme, fields, target)
         trust = kwargs.pop("trust_remote_code", False)
         device = pick_device(kwargs.pop("device", None) or device_map)
         streamed, tokenizer, source = _open_model(model, tokenizer, trust, kwargs.pop("model_dtype", None), device)
-        if tokenizer is None and tune.needs_data and _needs_tokenizer(dataset):
+        needs_data = tune.needs_data or parsed.needs_input_range or attention.scaled
+        if tokenizer is None and needs_data and _needs_tokenizer(dataset):
             raise SettingsError(
                 f"{model if source else 'the model'} has no tokenizer, which calibrating on text needs: put its files "
                 "into the folder, pass tokenizer=…, give dataset= as token ids, or round to nearest without data "
@@ -139,6 +147,7 @@ class AutoRound:
             parsed,
             tune,
             calib,
+            attention=attention,
             source_dir=source,
             layer_config=layer_config,
             ignore_layers=_names(kwargs.get("ignore_layers")) + _names(kwargs.get("fp_layers")),
@@ -150,9 +159,31 @@ class AutoRound:
             show_progress=kwargs.get("show_progress", True),
             trust_remote_code=trust,
             name=_short_name(model),
+            gguf=gguf,
+            target=target,
         )
-        compressor.default_format = kwargs.get("format") or "auto_round"
+        usual = f"gguf:{gguf.lower()}" if gguf else target.choose_format(parsed) if target else "auto_round"
+        compressor.default_format = kwargs.get("format") or usual
         return compressor
+
+
+def _scheme_and_file(
+    scheme: Any, fields: Mapping[str, Any], target: EngineProfile | None
+) -> tuple[QuantizationScheme, str | None]:
+    """The scheme, and the file type of llama.cpp that its name means: its mixture of tensor types comes with it."""
+    parsed = parse_scheme(scheme, **fields)
+    name = scheme.strip().upper() if isinstance(scheme, str) else ""
+    kind = name.removeprefix("GGUF:")
+    if name.startswith("GGUF:") and kind in GGUF_FILES:
+        if parsed != PRESET_SCHEMES[name]:
+            changed = ", ".join(fields)
+            raise SchemeError(
+                f"{name} is a mixture of llama.cpp's types, which {changed} cannot change: use layer_config"
+            )
+        return parsed, kind
+    if target is not None and target.name == "llama.cpp" and parsed == PRESET_SCHEMES["W4A16"]:
+        return PRESET_SCHEMES["GGUF:Q4_K_M"], "Q4_K_M"  # the default scheme is no number format of llama.cpp
+    return parsed, None
 
 
 def AutoRoundLLM(*args: Any, **kwargs: Any) -> Compressor:
@@ -167,7 +198,7 @@ def AutoRoundMLLM(*args: Any, **kwargs: Any) -> Compressor:
 
 def _check_known(kwargs: Mapping[str, Any]) -> None:
     named = inspect.signature(AutoRound.__new__).parameters.keys() - {"cls", "kwargs"}
-    known = (*FIELD_NAMES, *_TUNE, *_OWN, *named)
+    known = (*FIELD_NAMES, *_TUNE, *_ATTENTION, *_OWN, *named)
     for name in kwargs:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

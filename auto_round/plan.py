@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from auto_round.schemes import QuantizationScheme, parse_scheme
+from auto_round.utils.patterns import PatternError, Patterns
 
 MIN_COVERAGE = 0.95  # share of the blocks' weights that a plan must quantize unless rules say otherwise
 PACK = 32  # int32 words hold 32 codes of any width in `bits` words, so both dimensions must be multiples of this
@@ -39,7 +40,7 @@ class LayerInfo:
     transposed: bool = False  # stored [in, out], as Conv1D does
     has_bias: bool = False
     dtype: torch.dtype = torch.bfloat16  # of the source weight
-    role: str = ""  # "router": chooses among experts, and is kept
+    role: str = ""  # "router": chooses among experts, and is kept; "embedding": looked up, not multiplied
     fused: bool = False  # cut out of a tensor that the source stores for all experts
     stored: str = ""  # what the checkpoint calls the layer, where that is another name
 
@@ -80,6 +81,7 @@ class ModelPlan:
     blocks: tuple[tuple[str, ...], ...]
     rules: Mapping[str, Any] = field(default_factory=dict)
     beside: Mapping[str, str] = field(default_factory=dict)  # stored name → why a matrix that is no layer is kept
+    config: Any = None  # the model's configuration, as Transformers has it
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -141,8 +143,15 @@ def make_plan(
     lm_head: str | None = None,
     quant_lm_head: bool = False,
     beside: Mapping[str, str] | None = None,
+    recipe: Mapping[str, tuple[QuantizationScheme, str]] | None = None,
+    config: Any = None,
 ) -> ModelPlan:
-    """Decide every layer's scheme. beside: matrices that are no layers and stay, with the reason.
+    """Decide every layer's scheme.
+
+    Args:
+        beside: matrices that are no layers and stay, with the reason.
+        recipe: layer → (scheme, reason) that takes the global scheme's place, as llama.cpp's mixtures do.
+        config: the model's configuration, for formats that depend on the architecture.
 
     Raises:
         PlanError: a rule matches no layer, or asks for what cannot be (quantizing a tied lm_head).
@@ -152,10 +161,16 @@ def make_plan(
     hits = {key: match_layers(key, names) for key, _ in rules}
     ignored = {name: item for item in ignore_layers for name in match_layers(item, names)}
     decided = {}
+    ruled = {name for matched in hits.values() for name in matched} | set(ignored)
     for info in layers:
+        mixed = (recipe or {}).get(info.name)
+        if mixed and info.name not in ruled and not info.tied and info.role != "router":
+            decided[info.name] = LayerPlan(info, *mixed)
+            continue
         wanted, reason, explicit = _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head)
         decided[info.name] = _fit(info, wanted, reason, explicit)
-    plan = ModelPlan(scheme, decided, tuple(tuple(stack) for stack in blocks), dict(rules), dict(beside or {}))
+    stacks = tuple(tuple(stack) for stack in blocks)
+    plan = ModelPlan(scheme, decided, stacks, dict(rules), dict(beside or {}), config)
     _check_share(plan)
     return plan
 
@@ -194,7 +209,7 @@ def _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head):
 
 
 def _keep(scheme: QuantizationScheme) -> QuantizationScheme:
-    return scheme.override(bits=16, data_type="float")
+    return QuantizationScheme(16, scheme.group_size if isinstance(scheme.group_size, int) else -1, data_type="float")
 
 
 def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: bool) -> LayerPlan:
@@ -208,9 +223,16 @@ def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: boo
                 "quantized on its own: leave it out of the rules, or untie the weights first"
             )
         return LayerPlan(info, _keep(scheme), "tied to the input embedding")
-    if info.out_features % PACK or info.in_features % PACK:
-        shape = f"{info.out_features}×{info.in_features}"
-        return LayerPlan(info, _keep(scheme), f"shape {shape} is not a multiple of {PACK} (no kernel reads it)")
+    misfit = _misfit(info, scheme)
+    if misfit:
+        return LayerPlan(info, _keep(scheme), f"shape {info.out_features}×{info.in_features} {misfit}")
+    if info.block is None and scheme.needs_input_range:
+        raise PlanError(
+            f"{info.name} lies outside the blocks, where calibration does not see what enters a layer, and its scheme "
+            "has a fixed scale for activations: give it a scheme for weights only, such as W8A16"
+        )
+    if scheme.data_type != "int":
+        return LayerPlan(info, scheme, reason)
     group_size = fit_group_size(info.in_features, scheme.group_size)
     if group_size == scheme.group_size:
         return LayerPlan(info, scheme, reason)
@@ -218,6 +240,16 @@ def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: boo
         return LayerPlan(info, dataclasses.replace(scheme, group_size=group_size), reason)
     note = f"{reason}; group size {scheme.group_size} does not divide {info.in_features} inputs, {group_size} does"
     return LayerPlan(info, dataclasses.replace(scheme, group_size=group_size), note)
+
+
+def _misfit(info: LayerInfo, scheme: QuantizationScheme) -> str:
+    """Why no reader takes a layer of this shape in the scheme; empty if some do."""
+    if info.out_features % PACK or info.in_features % PACK:
+        return f"is not a multiple of {PACK} (no kernel reads it)"
+    superblock = (scheme.super_group_size or 1) * scheme.group_size if scheme.super_bits else 1
+    if info.in_features % superblock:
+        return f"does not divide into super-blocks of {superblock} inputs"
+    return ""
 
 
 def fit_group_size(in_features: int, group_size: int) -> int:
@@ -245,11 +277,11 @@ def match_layers(pattern: str, names: Sequence[str]) -> list[str]:
     """
     if pattern in names:
         return [pattern]
+    patterns, expression = Patterns(f"the layer pattern {pattern!r}"), _as_regex(pattern)
     try:
-        expression = re.compile(_as_regex(pattern))
-    except re.error as error:
-        raise PlanError(f"the layer pattern {pattern!r} is not a valid regular expression: {error}") from error
-    found = [name for name in names if expression.search(name)]
+        found = [name for name in names if patterns.search(expression, name)]
+    except PatternError as error:
+        raise PlanError(str(error)) from error
     if not found:
         raise PlanError(f"the layer pattern {pattern!r} matches no layer{near_misses(pattern, names)}")
     return found

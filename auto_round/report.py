@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from auto_round.schemes import GGUF_FAMILIES, GGUF_TYPES
+
 CURVE_POINTS = 120  # more would not be seen in a curve of this width
 CURVE_WIDTH, CURVE_HEIGHT = 220, 48
 
@@ -120,13 +122,29 @@ def figure(value: Any, digits: int = 4) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
+_FAMILIES = {"mx_fp": "MXFP", "mx_int": "MXINT", "nv_fp": "NVFP", "fp": "FP"}
+
+
 def scheme_words(layer: Mapping[str, Any]) -> str:
     """ "4 bits, groups of 128" for a layer of a report."""
     if layer.get("status") != "quantized":
         return "as in the source"
     group = layer.get("group_size")
-    groups = {-1: "one scale a row", 0: "one scale"}.get(group, f"groups of {group}")
-    return f"{layer.get('bits')} bits, {groups}" + ("" if layer.get("sym", True) else ", asymmetric")
+    size = f"blocks of {group[0]}×{group[1]}" if isinstance(group, (list, tuple)) else f"groups of {group}"
+    groups = {"-1": "one scale a row", "0": "one scale"}.get(str(group), size)
+    family = layer.get("data_type") or "int"
+    words = (
+        f"{_FAMILIES.get(family, family.upper())}{layer.get('bits')}"
+        if family != "int"
+        else f"{layer.get('bits')} bits"
+    )
+    if family in GGUF_FAMILIES:
+        words = next(
+            name for name, kind in GGUF_TYPES.items() if (kind.data_type, kind.bits) == (family, layer["bits"])
+        )
+    asymmetric = "" if layer.get("sym", True) or family in GGUF_FAMILIES else ", asymmetric"
+    inputs = f", inputs in {layer['act_bits']} bits" if (layer.get("act_bits") or 16) < 16 else ""
+    return f"{words}, {groups}{asymmetric}{inputs}"
 
 
 def scheme_title(scheme: Any) -> str:
@@ -170,7 +188,10 @@ def group_layers(layers: Iterable[Mapping[str, Any]]) -> list[tuple[list[str], M
     """(compressed names, an example) of layers that share scheme and reason, in their order."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for layer in layers:
-        key = tuple(layer.get(field) for field in ("status", "bits", "group_size", "sym", "reason"))
+        key = tuple(
+            str(layer.get(field))
+            for field in ("status", "bits", "data_type", "act_bits", "group_size", "sym", "reason")
+        )
         groups.setdefault(key, []).append(layer)
     return [(compress_names(str(one.get("name")) for one in group), group[0]) for group in groups.values()]
 

@@ -91,6 +91,66 @@ class CalibSettings:
                 raise SettingsError(f"{name}={value!r} must be a whole number of at least 1")
 
 
+_FP8 = ("fp8", "float8_e4m3fn", "torch.float8_e4m3fn")
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Fixed float8 scales (E4M3) for what attention works on, found by calibration and stored beside the weights.
+
+    static_kv_dtype: "fp8" for scales of keys and values as they are cached; None for none.
+    static_attention_dtype: "fp8" for scales of queries, keys and values; None for none.
+    static_kv_granularity, static_attention_granularity: one scale per "tensor", or one per "head".
+    """
+
+    static_kv_dtype: Any = None
+    static_kv_granularity: str = "tensor"
+    static_attention_dtype: Any = None
+    static_attention_granularity: str = "tensor"
+
+    def __post_init__(self) -> None:
+        for what in ("static_kv", "static_attention"):
+            dtype, granularity = getattr(self, f"{what}_dtype"), getattr(self, f"{what}_granularity")
+            if dtype is not None:
+                object.__setattr__(self, f"{what}_dtype", _attention_dtype(f"{what}_dtype", dtype))
+            if granularity not in ("tensor", "head"):
+                raise SettingsError(f"{what}_granularity={granularity!r} is not known: use 'tensor' or 'head'")
+            if dtype is None and granularity != "tensor":
+                raise SettingsError(f"{what}_granularity={granularity!r} needs {what}_dtype='fp8' beside it")
+        both = self.static_kv_dtype and self.static_attention_dtype
+        if both and self.static_kv_granularity != self.static_attention_granularity:
+            raise SettingsError(
+                "static_kv_granularity and static_attention_granularity differ, and engines have one for both: "
+                "give the same"
+            )
+
+    @property
+    def scaled(self) -> str:
+        """Which of q(ueries), k(eys) and v(alues) get scales: "", "kv" or "qkv"."""
+        return "qkv" if self.static_attention_dtype else "kv" if self.static_kv_dtype else ""
+
+    @property
+    def per_head(self) -> bool:
+        return "head" in (self.static_kv_granularity, self.static_attention_granularity)
+
+    def asked(self) -> dict[str, str]:
+        """The settings that are not what they are without being asked for."""
+        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in given.items() if value not in (None, "tensor")}
+
+
+def _attention_dtype(name: str, value: Any) -> str:
+    text = str(value).lower()
+    if text in _FP8:
+        return "fp8"
+    if "fp4" in text:
+        raise SettingsError(
+            f"{name}={value!r} is not supported: no engine here reads scales for a cache in FP4, whose scales of 16 "
+            "values are found anew while it runs: use 'fp8', or choose the cache's type in the engine"
+        )
+    raise SettingsError(f"{name}={value!r} is not known: use 'fp8' (float8_e4m3fn)")
+
+
 # Named recipes: they fill only what the user left unset.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {"iters": 200},

@@ -134,7 +134,7 @@ def test_list_mistakes(capsys):
         (["m", "--group_sise", "32"], "unknown argument --group_sise; did you mean --group_size?"),
         (["m", "--iterations=3"], "unknown argument --iterations; did you mean --iters?"),
         (["eval", "m", "--agianst", "o"], "did you mean --against?"),
-        (["m", "--static_kv_dtype", "fp8"], "--static_kv_dtype is not part of this version"),
+        (["m", "--scale_dtype", "fp16"], "--scale_dtype is not part of this version"),
         (["m", "n"], "unexpected argument 'n'"),
         (["m", "--iters", "many"], "--iters: invalid whole number value: 'many'"),
         (["m", "--bits", "3.5"], "'3.5' is not a whole number"),
@@ -207,7 +207,8 @@ def test_model_may_stand_anywhere():
 
 
 def test_every_option_is_an_argument_of_the_factory():
-    known = {*inspect.signature(AutoRound.__new__).parameters, *FIELD_NAMES, *front_door._TUNE, *front_door._OWN}
+    lists = (FIELD_NAMES, front_door._TUNE, front_door._ATTENTION, front_door._OWN)
+    known = {*inspect.signature(AutoRound.__new__).parameters, *(name for names in lists for name in names)}
     dests = {action.dest for action in make_parser()._actions} - {"help", *_OWN, *_ACCEPTED}
     assert dests <= known
 

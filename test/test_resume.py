@@ -13,7 +13,7 @@ from tiny import save_tiny, tiny_llama, token_ids
 
 from auto_round import AutoRound
 from auto_round.store import Store, StoreError
-from auto_round.verify import file_hashes
+from auto_round.verify.values import file_hashes
 
 SCRIPT = """
 import sys, torch

@@ -642,7 +642,7 @@ def test_an_fp8_model_is_quantized_from_its_float_values(tmp_path):
     from tiny import save_tiny, token_ids
 
     from auto_round import AutoRound
-    from auto_round.utils.model import load_model
+    from auto_round.inference.load import load_model
 
     source = save_tiny(tiny_llama(torch.bfloat16, hidden_size=128, intermediate_size=256), tmp_path / "m")
     fp8 = {}

@@ -6,7 +6,8 @@ import difflib
 
 from auto_round.algorithms import ALGORITHMS, ALIASES
 from auto_round.cli.parser import Parser, UsageError, add_debug
-from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
+from auto_round.report import scheme_words
+from auto_round.schemes import GGUF_FILES, PRESET_SCHEMES, QuantizationScheme
 from auto_round.settings import RECIPES
 
 ABOUT = "Show what can be chosen: auto-round list [schemes|formats|recipes|algorithms|backends] [name]"
@@ -14,13 +15,20 @@ ABOUT = "Show what can be chosen: auto-round list [schemes|formats|recipes|algor
 # A word about each entry of `formats.FORMATS`, with the weights it holds. (Importing that table loads PyTorch, which
 # would make this command slow; a test keeps the two equal.)
 FORMAT_NOTES: dict[str, tuple[str, str]] = {
-    "auto_round": ("2-8 bits, symmetric and asymmetric", "packed; the layout is chosen from the scheme (default)"),
+    "auto_round": ("2-8 bits, and all float schemes", "packed; the layout is chosen from the scheme (default)"),
     "auto_round:auto_gptq": ("2-8 bits, symmetric", "the GPTQ layout, which the most readers know"),
     "auto_round:auto_awq": ("4 bits", "the AWQ layout"),
     "auto_round:gptqmodel": ("2-8 bits, symmetric and asymmetric", "the GPTQ layout, zero points as they are, g_idx"),
-    "llm_compressor": ("2-8 bits, symmetric; asymmetric in one scheme", "compressed-tensors' pack-quantized"),
+    "auto_round:llm_compressor": ("MXFP4, MXFP8, NVFP4", "the layouts of compressed-tensors"),
+    "auto_round:fp8_static": ("FP8_STATIC", "float8 with fixed scales for activations"),
+    "auto_round:fp8": ("FP8_BLOCK, FPW8A16", "float8 with dynamic or no scales for activations"),
+    "auto_round:int8": ("INT8", "8 bits for weights and activations"),
+    "llm_compressor": ("2-8 bits, asymmetric in one scheme; all float schemes", "compressed-tensors"),
     "auto_gptq": ("2, 3, 4 and 8 bits, symmetric and asymmetric", "a GPTQ checkpoint, for GPTQModel and vLLM"),
     "auto_awq": ("4 bits, one group size", "an AWQ checkpoint (gemm), for AutoAWQ and vLLM"),
+    **{f"gguf:{name.lower()}": (f"mostly {kind}", "a file for llama.cpp") for name, kind in GGUF_FILES.items()},
+    "fp8": ("FP8_BLOCK", "fine-grained float8, for Transformers, vLLM and SGLang"),
+    "mlx": ("2-6 and 8 bits, groups of 32, 64 or 128", "for mlx-lm"),
     "fake": ("2-8 bits, symmetric and asymmetric", "dequantized floats in an ordinary checkpoint"),
 }
 ALGORITHM_NOTES: dict[str, str] = {
@@ -76,7 +84,10 @@ def _schemes() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 def _scheme_cells(scheme: QuantizationScheme) -> tuple[str, ...]:
     if not scheme.is_quantized:
         return "as they are", "", "", "as they are"
-    return f"{scheme.bits} bits", str(scheme.group_size), "yes" if scheme.sym else "no", "as they are"
+    act = scheme.act
+    inputs = "as they are" if act is None else f"{act.bits} bits, {'dynamic' if act.dynamic else 'fixed scale'}"
+    words = scheme_words({**scheme.to_dict(), "status": "quantized", "act_bits": 16}).split(", ")
+    return words[0], str(scheme.group_size), "yes" if scheme.sym else "no", inputs
 
 
 def _formats() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -32,9 +32,7 @@ rounding is tuned for 200 iterations per block. A run that was stopped goes on w
 ABSENT = (
     "--schemes", "--avg_bits", "--target_bits", "--options", "--option", "--ignore_scale_zp_bits",
     "--shared_layers", "--num_hidden_layers", "--debug_layer_num", "--enable_deterministic_algorithms",
-    "--static_kv_dtype", "--static_kv_granularity", "--static_attention_dtype", "--static_attention_granularity",
-    "--model_free", "--disable_model_free", "--act_group_size", "--act_asym", "--act_data_type", "--act_dtype",
-    "--disable_act_dynamic", "--super_bits", "--super_group_size", "--scale_dtype", "--nblocks",
+    "--model_free", "--disable_model_free", "--scale_dtype", "--nblocks",
     "--enable_norm_bias_tuning", "--enable_alg_ext", "--enable_adam", "--enable_lfq", "--enable_neuqi",
     "--awq_duo_scaling", "--awq_n_grid", "--awq_seqlen", "--awq_smooth_batch_size", "--awq_apply_clip",
     "--awq_clip_as_init", "--rotation_type", "--rotation_backend", "--rotation_block_size", "--eval_gen_kwargs",
@@ -82,8 +80,11 @@ def _add_scheme(parser: Parser) -> None:
         help="inputs that share a scale; -1: a whole row, 0: the whole tensor",
     )
     group.add_argument("--asym", dest="sym", action="store_false", help="asymmetric: with zero points")
-    group.add_argument("--data_type", "--dtype", metavar="NAME", help="number family of the codes (int)")
+    group.add_argument(
+        "--data_type", "--dtype", metavar="NAME", help="number family of the codes: int, mx_fp, nv_fp, fp …"
+    )
     group.add_argument("--act_bits", type=whole_number, metavar="N", help="width of activations (16)")
+    _add_activations(group)
     group.add_argument(
         "--layer_config",
         type=layer_config,
@@ -101,10 +102,33 @@ def _add_scheme(parser: Parser) -> None:
         "--to_quant_block_names", metavar="BLOCKS", help="comma list of blocks to quantize (default: all)"
     )
     group.add_argument("--format", "--formats", default=None, help="comma list; `auto-round list formats` shows them")
+    group.add_argument(
+        "--for", dest="engine", metavar="ENGINE", help="vllm, sglang, transformers, llama.cpp or mlx: picks the format"
+    )
     group.add_argument("--output_dir", metavar="DIR", default="./tmp_autoround", help="default: ./tmp_autoround")
     group.add_argument(
         "--max_shard_size", metavar="SIZE", default=None, help="of the weight files: 5GB (default), 512MB …"
     )
+
+
+def _add_activations(group: Any) -> None:
+    group.add_argument(
+        "--act_group_size", type=whole_number, metavar="N", help="inputs that share an activation's scale"
+    )
+    group.add_argument("--act_data_type", "--act_dtype", metavar="NAME", help="number family of activations")
+    group.add_argument("--act_asym", dest="act_sym", action="store_false", help="asymmetric activations")
+    group.add_argument(
+        "--disable_act_dynamic", dest="act_dynamic", action="store_false", help="a fixed scale, found by calibration"
+    )
+    for what, about in (("kv", "keys and values in the cache"), ("attention", "queries, keys and values")):
+        group.add_argument(
+            f"--static_{what}_dtype", metavar="fp8", help=f"find and store fixed float8 scales of {about}"
+        )
+        group.add_argument(
+            f"--static_{what}_granularity", choices=("tensor", "head"), help="what a scale is for (tensor)"
+        )
+    group.add_argument("--super_bits", type=whole_number, help=argparse.SUPPRESS)
+    group.add_argument("--super_group_size", type=whole_number, help=argparse.SUPPRESS)
 
 
 def _add_run(parser: Parser) -> None:

@@ -45,11 +45,24 @@ def print_report(report: Mapping[str, Any], wall: float | None = None) -> None:
     """The table of a finished run, and how to load what it wrote."""
     done, total = report["quantized_layers"]
     print_pairs(f"Quantized {done}/{total} layers of {report['model']}", list(report_rows(report, wall)))
-    out = console()
-    out.print(Text("Load it with Transformers:"))
-    loader = report.get("auto_class", "AutoModelForCausalLM")
-    out.print(Text(f"  from transformers import {loader}"), soft_wrap=True)
-    out.print(Text(f"  model = {loader}.from_pretrained({report['folder']!r})"), soft_wrap=True)
+    for line in how_to_load(report):
+        console().print(Text(line), soft_wrap=True)
+
+
+def how_to_load(report: Mapping[str, Any]) -> list[str]:
+    """Lines that a person can copy to run what was written."""
+    folder, name = report["folder"], report.get("format", "")
+    if name.startswith("gguf:"):
+        file = next((name for name in report.get("files", {}) if name.endswith(".gguf")), "FILE.gguf")
+        return ["Run it with llama.cpp:", f"  llama-cli -m {folder}/{file}"]
+    if name == "mlx":
+        return ["Run it with mlx-lm:", f"  mlx_lm.generate --model {folder} --prompt 'Hello'"]
+    loader, options = report.get("auto_class", "AutoModelForCausalLM"), ""
+    lines = ["Load it with Transformers:", f"  from transformers import {loader}"]
+    if name in ("auto_gptq", "auto_awq"):
+        lines[1] += ", AutoRoundConfig"
+        options = ", quantization_config=AutoRoundConfig()"
+    return [*lines, f"  model = {loader}.from_pretrained({folder!r}{options})"]
 
 
 def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterable[tuple[str, str]]:

@@ -26,7 +26,7 @@ def run(arguments: list[str]) -> int:
 
     from auto_round.cli.summary import print_pairs, print_table, silence_loading
     from auto_round.report import figure
-    from auto_round.verify import verify_artifact
+    from auto_round.verify.finished import verify_artifact
 
     silence_loading()
     result = verify_artifact(options.dir, options.against, options.trust_remote_code)

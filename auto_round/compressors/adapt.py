@@ -8,13 +8,14 @@ from typing import Any
 
 from auto_round.calibration.discover import called_blocks, executed_stacks, used_as_matrices
 from auto_round.calibration.forwards import Amp, Batch
+from auto_round.formats.gguf_recipe import recipe
 from auto_round.formats.parts import stem_of
 from auto_round.modeling.blocks import find_stacks, get_block_names
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import ModelPlan, make_plan
 from auto_round.schemes import QuantizationScheme
 from auto_round.special_model_handler import model_traits
-from auto_round.utils.model import find_layers, find_routers, get_lm_head_name, select_blocks
+from auto_round.utils.model import find_embedding, find_layers, find_routers, get_lm_head_name, select_blocks
 
 
 def find_blocks(
@@ -85,8 +86,9 @@ def plan_model(
     ignore_layers: Sequence[str],
     quant_lm_head: bool,
     amp: Amp,
+    gguf: str | None = None,
 ) -> ModelPlan:
-    """Decide every layer's scheme.
+    """Decide every layer's scheme. gguf: llama.cpp's file type whose mixture of tensor types is wanted.
 
     Raises:
         PlanError: rules that do not fit, or blocks of which too little can be quantized.
@@ -104,9 +106,15 @@ def plan_model(
         dataclasses.replace(info, stored=stem_of(streamed, info.name), fused=f"{info.name}.weight" in fused)
         for info in layers
     ]
+    embedding = find_embedding(streamed.model)
+    if embedding is not None and (gguf or embedding.name in (layer_config or {})):
+        layers.append(dataclasses.replace(embedding, stored=stem_of(streamed, embedding.name)))
+    config = streamed.model.config
+    mixture = recipe(gguf, layers, config) if gguf else None
     head = get_lm_head_name(streamed.model)
     beside = _matrices_beside(streamed, {info.name for info in layers}, [name for stack in stacks for name in stack])
-    return make_plan(layers, stacks, scheme, layer_config, ignore_layers, head, quant_lm_head, beside)
+    wanted = (layer_config, ignore_layers, head, quant_lm_head)
+    return make_plan(layers, stacks, scheme, *wanted, beside, mixture, config)
 
 
 def _matrices_beside(streamed: StreamedModel, layers: set[str], blocks: Sequence[str]) -> dict[str, str]:

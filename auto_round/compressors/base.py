@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import tempfile
 import time
@@ -17,35 +18,40 @@ from torch import nn
 from auto_round import __version__
 from auto_round.algorithms import algorithm
 from auto_round.algorithms.base import BlockTask, put_weights
+from auto_round.calibration.attention import attention_scales, check_attentions
 from auto_round.calibration.block_io import Placement
-from auto_round.calibration.feed import complete_sample, random_text, vocabulary_size
+from auto_round.calibration.feed import complete_sample, random_text
 from auto_round.calibration.forwards import ReplayError
 from auto_round.calibration.native import NativeRun, run_native
 from auto_round.compressors.adapt import find_blocks, plan_model
-from auto_round.compressors.chain import Chain, importance_of
-from auto_round.compressors.experts import FLOOR, expert_tokens, rarely_used, shared_importance
+from auto_round.compressors.chain import Chain, inputs_of
+from auto_round.compressors.experts import FLOOR, expert_tokens, input_scales, rarely_used, shared_importance
+from auto_round.compressors.samples import CHECK_SAMPLES, check_batch, read_samples
 from auto_round.compressors.saving import folder_name, prepare_output, save
-from auto_round.compressors.weights import check_finite, copy_weights, hash_weights, restore_weights
-from auto_round.formats import make_format
-from auto_round.formats.export import planned_bytes
+from auto_round.compressors.weights import (
+    check_finite,
+    copy_weights,
+    first_bad_tensor,
+    fused_maxima,
+    hash_weights,
+    restore_weights,
+)
+from auto_round.formats import format_name, make_format
+from auto_round.formats.base import ExportFormat
+from auto_round.formats.engines import EngineProfile
+from auto_round.formats.export import check_attention, planned_bytes
 from auto_round.logger import logger
 from auto_round.modeling.streaming import StreamedModel
-from auto_round.plan import OUTSIDE, LayerPlan
+from auto_round.plan import OUTSIDE, LayerPlan, ModelPlan, PlanError
 from auto_round.progress import RunProgress
-from auto_round.schemes import QuantizationScheme
-from auto_round.settings import CalibSettings, TuneSettings, describe
+from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
+from auto_round.settings import AttentionSettings, CalibSettings, TuneSettings, describe
 from auto_round.special_model_handler import _handle_special_model
 from auto_round.store import BlockResult, Store
-from auto_round.tied import put_tied
+from auto_round.tied import put_tied, quantized_outside
 from auto_round.utils.device import peak_memory_mb
 from auto_round.utils.model import get_lm_head_name
-from auto_round.wrapper import attach_qparams
-
-CHECK_SAMPLES = 4
-CHECK_TOKENS = 1024
-CHECK_LOGIT_BYTES = 128 << 20
-"""Bounds of the check batch: tokens, and bytes of its logits (a vocabulary can be large)."""
-
+from auto_round.wrapper import attach_inputs, attach_qparams, quantized_inputs
 
 ACTIVATION_BUDGET = 16 << 20
 """Bytes of activations per chain kept in memory on a CPU; more go to a file, which the page cache holds as it can."""
@@ -68,6 +74,7 @@ class Compressor:
         tune: TuneSettings,
         calib: CalibSettings,
         *,
+        attention: AttentionSettings | None = None,
         source_dir: Path | None = None,
         layer_config: Mapping[str, Any] | None = None,
         ignore_layers: Sequence[str] = (),
@@ -80,10 +87,13 @@ class Compressor:
         show_progress: bool = True,
         trust_remote_code: bool = False,
         name: str = "model",
+        gguf: str | None = None,
+        target: EngineProfile | None = None,
     ):
         self.streamed, self.tokenizer, self.processor = streamed, tokenizer, processor
         self.source_dir = source_dir
         self.scheme, self.tune, self.calibration = scheme, tune, calib
+        self.attention = attention or AttentionSettings()
         self.algorithm_name = algorithm_name or ("signround" if tune.iters else "rtn")
         self.activation_budget, self.show_progress = activation_budget, show_progress
         self.trust_remote_code, self.name = trust_remote_code, name
@@ -95,15 +105,48 @@ class Compressor:
         self.import_memory_mb = peak_memory_mb()
         self.model = _handle_special_model(streamed.model)
         self.data = None
+        self.plan: ModelPlan | None = None
         stacks, note = find_blocks(streamed, to_quant_block_names, quant_nontext_module, self.amp, self._first_sample)
         self.warnings += [note] if note else []
-        self.plan = plan_model(streamed, stacks, scheme, layer_config, ignore_layers, quant_lm_head, self.amp)
+        self._plan_again = functools.partial(
+            plan_model, streamed, stacks, layer_config=layer_config, ignore_layers=ignore_layers, amp=self.amp
+        )
+        self._quant_lm_head, self.target = quant_lm_head, target
+        self._make_plan(gguf)
         head = get_lm_head_name(self.model)
         if quant_lm_head and head is not None and self.plan.layers[head].info.tied:
             self.warnings.append(f"{head} stays as it is: {self.plan.layers[head].reason}")
         self.native: NativeRun | None = None
         self._chain: Chain | None = None
         self._store: Store | None = None
+        self._input_scales: Mapping[str, torch.Tensor | None] = {}  # of the layers of the block last quantized
+
+    def _make_plan(self, gguf: str | None) -> None:
+        """Decide every layer's scheme. gguf: llama.cpp's file type whose mixture of tensor types is wanted."""
+        self.gguf = gguf
+        self.plan = self._plan_again(scheme=self.scheme, quant_lm_head=self._quant_lm_head, gguf=gguf)
+        if self.target is not None:
+            self.plan, notes = self.target.repair(self.plan)
+            self.warnings += notes
+
+    def _bind(self, name: str) -> ExportFormat:
+        """A format for this run's plan; before the run, a GGUF file type brings its mixture if no scheme was asked for.
+
+        Raises:
+            PlanError: there is no such format, it cannot hold the plan, or the engine it is for cannot load it.
+        """
+        known = format_name(name)
+        kind = known.removeprefix("gguf:").upper()
+        fresh = self._store is None and self.gguf is None and self.scheme == PRESET_SCHEMES["W4A16"]
+        if known.startswith("gguf:") and fresh:
+            self.scheme = PRESET_SCHEMES[f"GGUF:{kind}"]
+            self._make_plan(kind)
+        fmt = make_format(known, self.plan)
+        problems = self.target.problems(self.plan, known) if self.target is not None else []
+        if problems:
+            raise PlanError("; ".join(problems))
+        check_attention(fmt, self.attention.asked())
+        return fmt
 
     def _first_sample(self) -> dict[str, torch.Tensor] | None:
         """A calibration sample, where the samples came ready."""
@@ -143,6 +186,18 @@ class Compressor:
             if plan.info.block is not None or plan.is_quantized
         }
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether the run learns from calibration samples: to tune, to search scales, or to fix those of inputs.
+
+        Inputs are those of layers and those of attention.
+        """
+        layers = self.plan.quantized() if self.plan is not None else {}
+        schemes = (self.scheme, *(layer.scheme for layer in layers.values()))
+        return (
+            self.tune.needs_data or bool(self.attention.scaled) or any(scheme.needs_input_range for scheme in schemes)
+        )
+
     def amp(self):
         """The context in which blocks run: half-precision matrix products for models stored wider."""
         dtype = getattr(self.model, "dtype", torch.float32)
@@ -155,53 +210,29 @@ class Compressor:
 
     def load_data(self) -> None:
         """Read the calibration text, and the text on which original and result are compared at the end."""
-        from auto_round.calibration.data import build_calibration
-        from auto_round.calibration.feed_mllm import build_multimodal, is_multimodal_dataset, load_processor
-
-        if self.data is not None:
-            return
-        wanted = self.calibration
-        common = {
-            "seqlen": self._seqlen(),
-            "nsamples": wanted.nsamples if self.tune.needs_data else 1,
-            "seed": self.tune.seed,
-            "holdout": CHECK_SAMPLES,
-        }
-        if is_multimodal_dataset(wanted.dataset):
-            processor = self.processor
-            if processor is None and self.source_dir is not None:
-                processor = load_processor(self.source_dir, self.trust_remote_code)
-            extra = {"extra_data_dir": wanted.extra_data_dir, "template": wanted.template}
-            self.data = build_multimodal(wanted.dataset, processor, **common, **extra)
-        else:
-            chat = wanted.apply_chat_template
-            self.data = build_calibration(wanted.dataset, self.tokenizer, apply_chat_template=chat, **common)
-        self.warnings.extend(self.data.notes)
+        if self.data is None:
+            self.data = read_samples(
+                self.calibration,
+                self.model,
+                self.tokenizer,
+                self.processor,
+                self.source_dir,
+                nsamples=self.calibration.nsamples if self.needs_data else 1,
+                seed=self.tune.seed,
+                trust_remote_code=self.trust_remote_code,
+            )
+            self.warnings.extend(self.data.notes)
 
     @property
     def samples(self) -> list[dict[str, torch.Tensor]]:
         """Calibration samples as the model takes them."""
         return [complete_sample(self.model, sample) for sample in self.data.samples]
 
-    def _seqlen(self) -> int:
-        config = getattr(self.model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        limits = [getattr(config, "max_position_embeddings", None), getattr(self.tokenizer, "model_max_length", None)]
-        return min([self.calibration.seqlen, *(limit for limit in limits if limit and limit > 0)])
-
-    def check_batch(self) -> dict[str, torch.Tensor]:
-        """A few held-out samples, cut to one length, so small that their logits fit in memory."""
-        vocabulary = vocabulary_size(self.model)
-        tokens = max(CHECK_SAMPLES * 16, min(CHECK_TOKENS, CHECK_LOGIT_BYTES // (4 * vocabulary)))
-        if self.tokenizer is None and self.data is None and not self.tune.needs_data:
+    def _check_batch(self) -> dict[str, torch.Tensor]:
+        if self.tokenizer is None and self.data is None and not self.needs_data:
             return random_text(self.model, CHECK_SAMPLES, 32, self.tune.seed)
         self.load_data()
-        samples = self.data.held_out or self.data.samples[:CHECK_SAMPLES]
-        if any(set(sample) - {"input_ids", "attention_mask"} for sample in samples):
-            return complete_sample(self.model, samples[0])  # images and the like: samples cannot be cut
-        length = min(tokens // CHECK_SAMPLES, *(sample["input_ids"].shape[1] for sample in samples))
-        ids = torch.cat([sample["input_ids"][:, :length] for sample in samples])
-        return complete_sample(self.model, {"input_ids": ids})
+        return check_batch(self.model, self.data)
 
     def observe_original(self) -> NativeRun:
         """Run the original once on the check batch: what the artifact will be compared with.
@@ -210,10 +241,11 @@ class Compressor:
             ReplayError: a block called on its own does not compute what it computes in the model's forward.
         """
         if self.native is None:
-            self.native = self._run_native(self.check_batch())
+            self.native = self._run_native(self._check_batch())
             self.streamed.forget_originals()
             if not torch.isfinite(self.native.logits).all():
-                raise ValueError(f"the original model gives logits that are not finite: {self._first_bad_tensor()}")
+                reason = first_bad_tensor(self.streamed, self.plan.block_names)
+                raise ValueError(f"the original model gives logits that are not finite: {reason}")
             self._note_native()
         return self.native
 
@@ -244,16 +276,6 @@ class Compressor:
             block, reason = next(iter(alone.items()))
             logger.info("samples pass one by one through %d blocks (%s: %s)", len(alone), block, reason)
 
-    def _first_bad_tensor(self) -> str:
-        for block in self.plan.block_names:
-            with self.streamed.loaded(block) as module:
-                for name, parameter in module.named_parameters():
-                    if not torch.isfinite(parameter).all():
-                        return (
-                            f"{block}.{name} holds NaN or Inf; the checkpoint is damaged, download or convert it again"
-                        )
-        return "its weights are finite, so its forward overflows in this dtype; try another model_dtype"
-
     def calib(self, nsamples: int | None = None, bs: int | None = None) -> None:
         """Record what the model passes to its blocks, for every calibration sample.
 
@@ -265,10 +287,14 @@ class Compressor:
         began = time.monotonic()
         self.load_data()
         native = self.observe_original()
+        check_attentions(
+            self.model, self.attention, [call for call in native.places if call[0] in self.plan.block_names]
+        )
         if self._store is None:
             self._open_store(None)
         if self._chain is not None:
             self._chain.close()
+        self._quantize_outside(self._store)  # first, so that the blocks are tuned behind a quantized embedding
         self._chain = Chain(
             self.model,
             native,
@@ -277,6 +303,7 @@ class Compressor:
             self.amp,
             self.tune.batch_size,
             self.tune.enable_quanted_input,
+            functools.partial(quantized_outside, self.model, self.plan, self._store),
         )
         self.times["calibrate"] = time.monotonic() - began
 
@@ -326,25 +353,28 @@ class Compressor:
                 if not self.streamed.is_streamed and block in often:
                     restore_weights(module, originals.setdefault(block, copy_weights(module)))
                 modules = {name: self.model.get_submodule(name) for name in self.plan.quantized(block)}
-                with importance_of(modules if turn == 0 else {}) as seen:
+                watching = attention_scales(self.attention, self.model, block)
+                with inputs_of(modules if turn == 0 else {}) as seen, watching as beside:
                     chain.observe(module)
                 layers = self.plan.quantized(block)
                 if turn == 0 and block in self.plan.block_names:
-                    self._quantize_block(block, module, store, progress, seen)
+                    self._quantize_block(block, module, store, progress, seen, beside)
                     done.append(block)
                 elif layers:
                     put_weights(module, block, store.load(block, layers).tensors, layers)
                 put_tied(self.model, self.plan, store, block)
-                chain.advance(module)
+                with quantized_inputs(self.model, layers, self._input_scales):
+                    chain.advance(module)
         return done
 
     def _placement(self) -> Placement:
         return Placement(self.device, self.activation_budget, self._store.folder)
 
-    def _quantize_block(self, block: str, module: nn.Module, store: Store, progress, seen=None) -> None:
+    def _quantize_block(self, block: str, module: nn.Module, store: Store, progress, seen=None, beside=None) -> None:
         """Find or recover a block's codes, and leave its weights dequantized.
 
         seen: what entered its layers, if samples come through the block; without, it is rounded to nearest.
+        beside: what else calibration found in the block, by name.
         """
         layers = self.plan.quantized(block)
         number = len(self.block_log)
@@ -352,7 +382,8 @@ class Compressor:
         recovered = result is not None
         if result is None:
             result = self._run_algorithm(number, block, module, layers, seen, progress)
-            store.save(block, result)
+            store.save(block, dataclasses.replace(result, beside=beside or {}))
+        self._input_scales = {name: tensor.input_scale for name, tensor in result.tensors.items()}
         if seen is not None or not self.streamed.is_streamed:
             put_weights(module, block, result.tensors, layers)
         self.block_log.append(
@@ -371,6 +402,7 @@ class Compressor:
 
     def _run_algorithm(self, number, block, module, layers, seen, progress) -> BlockResult:
         check_finite(module, block, layers)
+        scales = input_scales(layers, seen or {})
         task = BlockTask(
             name=block,
             module=module,
@@ -379,11 +411,15 @@ class Compressor:
             seed=int.from_bytes(hashlib.sha256(f"{self.tune.seed}:{block}".encode()).digest()[:8], "big"),
             io=self._chain.io() if seen is not None else None,
             importance=shared_importance(layers, seen or {}),
+            fused_max=fused_maxima(module, block, layers),
             sparse=frozenset(rarely_used(layers, seen)) if seen is not None else frozenset(),
             amp=self.amp,
             on_step=lambda step, loss: progress.step(number, block, step, loss),
         )
-        return algorithm(self.algorithm_name if seen is not None else "rtn")(task)
+        with quantized_inputs(self.model, layers, scales):
+            result = algorithm(self.algorithm_name if seen is not None else "rtn")(task)
+        fixed = {name: dataclasses.replace(result.tensors[name], input_scale=scale) for name, scale in scales.items()}
+        return dataclasses.replace(result, tensors={**result.tensors, **fixed})
 
     def _quantize_outside(self, store: Store) -> None:
         """Layers outside the blocks (an lm_head): rounded to nearest with searched scales."""
@@ -405,7 +441,8 @@ class Compressor:
             "source_dir": str(self.source_dir or ""),
             "algorithm": self.algorithm_name,
             "settings": {**describe(self.tune), "iters": self.tune.iters, "seed": self.tune.seed},
-            "data": self.data.sha256 if self.data is not None and self.tune.needs_data else None,
+            "attention": self.attention.asked(),
+            "data": self.data.sha256 if self.data is not None and self.needs_data else None,
             "scheme": self.scheme.to_dict(),
             "layers": {name: plan.scheme.to_dict() for name, plan in self.plan.quantized().items()},
             "blocks": [list(stack) for stack in self.plan.blocks],
@@ -416,7 +453,7 @@ class Compressor:
         }
 
     def _open_store(self, root: Path | None) -> Store:
-        if self.tune.needs_data:
+        if self.needs_data:
             self.load_data()
         if root is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="auto_round_")
@@ -427,7 +464,7 @@ class Compressor:
     def run(self, work: Path | None = None) -> Store:
         """Everything up to the store: calibrate where the algorithm needs it, then quantize every block."""
         store = self._store if self._store is not None and work is None else self._open_store(work)
-        if self.tune.needs_data:
+        if self.needs_data:
             self.calib()
         else:
             self.observe_original()
@@ -449,6 +486,7 @@ class Compressor:
             tensors = store.load(part, layers).tensors
             put_weights(module, part if inside else "", tensors, layers)
             attach_qparams(self.model, tensors, layers)
+            attach_inputs(self.model, layers, {name: tensor.input_scale for name, tensor in tensors.items()})
 
     def save_quantized(
         self,
@@ -464,7 +502,7 @@ class Compressor:
         """
         if self._store is None:
             raise RuntimeError("save_quantized() writes what quantize() found: call quantize() first")
-        fmt = make_format(format or self.default_format, self.plan)
+        fmt = self._bind(format or self.default_format)
         folder = save(self, self._store, fmt, Path(output_dir), max_shard_size)
         return (self.model, str(folder)) if return_folders else self.model
 
@@ -485,18 +523,18 @@ class Compressor:
             (model, folder), or a list of folders for several formats. A model streamed from a folder comes back
             without its weights; load the written one.
         """
-        formats = [make_format(name, self.plan) for name in (format or self.default_format).split(",")]
-        base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme)
+        formats = [self._bind(name) for name in (format or self.default_format).split(",")]
+        base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme, self.gguf is not None)
         # The work folder holds about what the artifact holds.
         prepare_output(base, 2 * sum(planned_bytes(self.streamed, self.plan, fmt) for fmt in formats))
-        store = self.run(base.with_name(base.name + ".work"))
         finals = [base if len(formats) == 1 else base / fmt.name.replace(":", "-").replace("_", "-") for fmt in formats]
-        folders = [
-            str(save(self, store, fmt, final, max_shard_size)) for fmt, final in zip(formats, finals, strict=True)
-        ]
-        if not self.streamed.is_streamed:
-            self.put_quantized(store)
-        store.close()
+        with contextlib.closing(self._open_store(base.with_name(base.name + ".work"))) as store:
+            self.run()
+            folders = [
+                str(save(self, store, fmt, final, max_shard_size)) for fmt, final in zip(formats, finals, strict=True)
+            ]
+            if not self.streamed.is_streamed:
+                self.put_quantized(store)
         return self.model, folders[0] if len(folders) == 1 else folders
 
 

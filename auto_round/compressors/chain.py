@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,8 @@ class Chain:
     """All samples' forwards, paused at the block whose turn it is.
 
     clean: forwards of the original model, with a row of the check batch as the last one, whose outputs are compared
-    with what the model computed alone; noisy: forwards of the model with the blocks so far quantized.
+    with what the model computed alone; noisy: forwards of the model with the blocks so far quantized. outside: in which
+    the weights that lie before the first block, an embedding's, are the quantized model's.
     """
 
     def __init__(
@@ -33,6 +36,7 @@ class Chain:
         amp: Amp,
         batch_size: int,
         quantized_inputs: bool = True,
+        outside: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ):
         self._native, self._placement, self._amp = native, placement, amp
         self._quantized_inputs = quantized_inputs
@@ -46,7 +50,10 @@ class Chain:
         samples = [{key: value.to(self.device) for key, value in sample.items()} for sample in samples]
         spills = placement.spills(len(samples) * self._hidden_bytes())
         self.clean = self._start(model, [*samples, native.row], "clean" if spills else None)
-        self.noisy = self._start(model, samples, "noisy" if spills else None) if quantized_inputs else self.clean
+        self.noisy = self.clean
+        if quantized_inputs:
+            with outside():
+                self.noisy = self._start(model, samples, "noisy" if spills else None)
         self._spills = spills
         self._outputs: list[Any] = []
         self._targets: Activations | None = None
@@ -169,21 +176,33 @@ def _split(output: Any, dims: Sequence[int | None], count: int) -> list[Any]:
     ]
 
 
-@contextlib.contextmanager
-def importance_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[torch.Tensor, int]]]:
-    """While open, collect what enters each layer; layers that never run are absent.
+@dataclass(frozen=True)
+class LayerInputs:
+    """What calibration saw enter a layer: mean square [in] and largest magnitude [1] over so many tokens."""
 
-    Gives layer name → (mean square of each input channel [in], number of tokens).
-    """
+    mean_square: torch.Tensor
+    tokens: int
+    largest: torch.Tensor
+
+
+@contextlib.contextmanager
+def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, LayerInputs]]:
+    """While open, collect what enters each layer; the result is there afterwards, without layers that never ran."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
-    found: dict[str, tuple[torch.Tensor, int]] = {}
+    largest: dict[str, torch.Tensor] = {}
+    found: dict[str, LayerInputs] = {}
 
     def hook(name: str):
         def collect(module, args):
             x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+            if not len(x):
+                return
+            low, high = x.aminmax()
+            top = torch.maximum(-low, high).reshape(1)
             sums[name] = sums.get(name, 0) + x.square().sum(0)
             counts[name] = counts.get(name, 0) + x.shape[0]
+            largest[name] = torch.maximum(largest[name], top) if name in largest else top
 
         return collect
 
@@ -193,4 +212,4 @@ def importance_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[
     finally:
         for handle in handles:
             handle.remove()
-        found.update({name: (total / counts[name], counts[name]) for name, total in sums.items() if counts[name]})
+        found.update({n: LayerInputs(total / counts[n], counts[n], largest[n]) for n, total in sums.items()})

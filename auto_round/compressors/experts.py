@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from auto_round.compressors.chain import LayerInputs
+from auto_round.data_type import data_type
 from auto_round.plan import LayerPlan
 
 FLOOR = 64
 """Tokens below which what an expert was given says more about chance than about the expert."""
 
-Seen = Mapping[str, tuple[torch.Tensor, int]]
+Seen = Mapping[str, LayerInputs]
 
 _EXPERT = re.compile(r"^(.*)\.(?:\w*_)?(\d+)((?:\.[^.]+)?)$")
 
@@ -34,7 +36,7 @@ def expert_tokens(layers: Mapping[str, LayerPlan], seen: Seen) -> dict[str, Any]
     for (module, _), names in expert_groups(layers).items():
         for name in names:
             index = _EXPERT.match(name)[2]
-            counts[module, index] = max(counts.get((module, index), 0), seen[name][1] if name in seen else 0)
+            counts[module, index] = max(counts.get((module, index), 0), seen[name].tokens if name in seen else 0)
     if not counts:
         return None
     ordered = sorted(counts.values())
@@ -55,18 +57,42 @@ def rarely_used(layers: Mapping[str, LayerPlan], seen: Seen) -> list[str]:
         for names in expert_groups(layers).values()
         if any(name in seen for name in names)
         for name in names
-        if name not in seen or seen[name][1] < FLOOR
+        if name not in seen or seen[name].tokens < FLOOR
     ]
 
 
 def shared_importance(layers: Mapping[str, LayerPlan], seen: Seen) -> dict[str, torch.Tensor]:
     """Mean square of each input channel of each layer [in]; rarely used experts get that of all experts' tokens."""
-    importance = {name: mean for name, (mean, _) in seen.items()}
+    importance = {name: inputs.mean_square for name, inputs in seen.items()}
     rare = set(rarely_used(layers, seen))
     for names in expert_groups(layers).values():
-        tokens = sum(seen[name][1] for name in names if name in seen)
+        tokens = sum(seen[name].tokens for name in names if name in seen)
         if not tokens or not rare.intersection(names):
             continue
-        together = sum(seen[name][0] * (seen[name][1] / tokens) for name in names if name in seen)
+        together = sum(seen[n].mean_square * (seen[n].tokens / tokens) for n in names if n in seen)
         importance.update({name: together for name in names if name in rare})
     return importance
+
+
+def input_scales(layers: Mapping[str, LayerPlan], seen: Seen) -> dict[str, torch.Tensor]:
+    """The fixed scale of what enters each layer whose scheme has one; experts without tokens get their siblings'.
+
+    Raises:
+        ValueError: nothing is known of a layer's input.
+    """
+    siblings = {name: names for names in expert_groups(layers).values() for name in names}
+    found = {}
+    for name, plan in layers.items():
+        if not plan.scheme.needs_input_range:
+            continue
+        known = [
+            seen[other].largest for other in ((name,) if name in seen else siblings.get(name, ())) if other in seen
+        ]
+        if not known:
+            raise ValueError(
+                f"{name}: its scheme has a fixed scale for activations, and no calibration sample reaches the layer: "
+                f"use a scheme with dynamic activations, data that reaches it, or keep it (ignore_layers={name!r})"
+            )
+        act = plan.scheme.act
+        found[name] = data_type(act.data_type).input_scale(torch.stack(known).amax(0), act).cpu()
+    return found

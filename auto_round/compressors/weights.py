@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from auto_round.algorithms.base import relative_name
+from auto_round.formats.engines import merged_groups
+from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import LayerPlan
 
 
@@ -32,6 +34,16 @@ def check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan])
             )
 
 
+def first_bad_tensor(streamed: StreamedModel, blocks: Sequence[str]) -> str:
+    """Why a model gives logits that are not finite: the first weight that is not, if there is one."""
+    for block in blocks:
+        with streamed.loaded(block) as module:
+            for name, parameter in module.named_parameters():
+                if not torch.isfinite(parameter).all():
+                    return f"{block}.{name} holds NaN or Inf; the checkpoint is damaged, download or convert it again"
+    return "its weights are finite, so its forward overflows in this dtype; try another model_dtype"
+
+
 def hash_weights(model: nn.Module) -> str:
     """sha256 over all parameters and their names."""
     digest = hashlib.sha256()
@@ -39,3 +51,14 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fused_maxima(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> dict[str, float]:
+    """Largest magnitude over the layers that engines run as one, for each of NVFP4: they share a scale of the whole."""
+    scaled = [name for name, plan in layers.items() if plan.scheme.data_type == "nv_fp"]
+    found = {}
+    for group in merged_groups(scaled):
+        weights = [module.get_submodule(relative_name(name, block)).weight for name in group]
+        largest = max(weight.abs().max().item() for weight in weights)
+        found.update(dict.fromkeys(group, largest))
+    return found

@@ -19,9 +19,9 @@ from auto_round.calibration.native import no_cache, relative
 from auto_round.doctor import anatomy
 from auto_round.doctor.context import Context, logits
 from auto_round.doctor.finding import WARNING, Finding, Symptom, listed, message, patterns, where, wrong_names
+from auto_round.inference.load import load_model
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
 from auto_round.utils.common import is_transposed
-from auto_round.utils.model import load_model
 
 SLOPE, SLACK = 2.5, 0.02  # of the logits' error, against that of rounding the same weights to nearest
 _SHAPES = re.compile(r"size of tensor|cannot be multiplied|shape|Sizes of tensors|Expected size|expand|mat1|broadcast")

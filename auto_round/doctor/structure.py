@@ -17,12 +17,13 @@ from auto_round.doctor.clone import make_clone, read_source, save_clone
 from auto_round.doctor.context import BATCH, GROUP, ITERS, LENGTH, SAMPLES, Context, adapt, find_inputs, logits
 from auto_round.doctor.finding import WARNING, Finding, Symptom, listed, message, patterns, where, wrong_names
 from auto_round.doctor.tiny import tiny_config
+from auto_round.inference.load import load_model
 from auto_round.modeling.blocks import find_stacks, get_block_names
 from auto_round.modeling.checkpoint import CheckpointError
 from auto_round.plan import PACK, PlanError
 from auto_round.special_model_handler import FORWARDS, model_traits
 from auto_round.utils.common import is_supported_layer
-from auto_round.utils.model import MIN_COVERAGE, block_matrices, build_empty, find_routers, load_model, outline
+from auto_round.utils.model import MIN_COVERAGE, block_matrices, build_empty, find_routers, outline
 
 SAME_MODEL = 1e-3  # relative difference of the logits after Transformers has saved and loaded the clone
 _NOISE = ("transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "auto_map")

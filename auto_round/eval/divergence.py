@@ -6,13 +6,12 @@ evaluation: it loads the folders, measures both models on held-out text and retu
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from auto_round.eval.harness import run_tasks
 from auto_round.eval.perplexity import (
@@ -28,6 +27,8 @@ from auto_round.eval.perplexity import (
     pieces,
     read_windows,
 )
+from auto_round.inference.load import load_model
+from auto_round.utils.model import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -179,14 +180,16 @@ def compare(
     """
     started = time.monotonic()
     _check_folders(model_dir, against)
-    model = _load(AutoModelForCausalLM, model_dir, trust_remote_code, dtype="auto", device_map=device)
-    tokenizer = _load(AutoTokenizer, model_dir, trust_remote_code)
+    model = _load(load_model, model_dir, trust_remote_code, device_map=device)
+    tokenizer = _load(load_tokenizer, model_dir, trust_remote_code)
+    if tokenizer is None:
+        raise EvaluationError(f"{model_dir} has no tokenizer; put the original's tokenizer files into the folder.")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     ids = read_windows(tokenizer, text, min(seqlen, context or seqlen), windows)
     if against is None:
         figures: dict[str, Any] = {"perplexity": perplexity(model, ids, batch_size)}
     else:
-        reference = _load(AutoModelForCausalLM, against, trust_remote_code, dtype="auto", device_map=device)
+        reference = _load(load_model, against, trust_remote_code, device_map=device)
         figures = _measure_both(model, reference, ids, batch_size).figures()
     model = reference = None  # lm-eval loads its own
     found = run_tasks(model_dir, tasks, batch_size, limit, num_fewshot, device, trust_remote_code) if tasks else {}
@@ -207,11 +210,11 @@ def _check_folders(*folders: str | Path | None) -> None:
             raise EvaluationFileNotFoundError(f"The model folder {folder} does not exist; check the path.")
 
 
-def _load(factory: Any, folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
-    """`factory.from_pretrained` with an error that names the folder."""
+def _load(loader: Callable[..., Any], folder: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """`loader` on the folder, with an error that names it."""
     try:
-        return factory.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **options)
+        return loader(Path(folder), trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
-        what = "tokenizer" if factory is AutoTokenizer else "model"
+        what = "tokenizer" if loader is load_tokenizer else "model"
         raise EvaluationError(f"The {what} in {folder} cannot be loaded: {reason}") from error

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from auto_round.formats.base import ExportFormat
+from auto_round.formats.base import ExportFormat, Place
 from auto_round.formats.parts import changed_groups, pieces, read_pieces, refused_layers, stem_of
 from auto_round.formats.writer import CheckpointWriter, copy_side_files, write_config
 from auto_round.modeling.streaming import StreamedModel, TensorShape
-from auto_round.plan import LayerPlan, ModelPlan
+from auto_round.plan import LayerInfo, LayerPlan, ModelPlan, PlanError
 from auto_round.store import Store
 from auto_round.utils.device import trim_memory
 
@@ -57,10 +57,13 @@ class Ledger:
         return [name for name, (found, _) in self.fates.items() if found == fate]
 
 
-def make_ledger(streamed: StreamedModel, plan: ModelPlan, plain: bool = False) -> Ledger:
+def make_ledger(
+    streamed: StreamedModel, plan: ModelPlan, plain: bool = False, replaced: Collection[str] = ()
+) -> Ledger:
     """Decide every source tensor's fate from the plan, before anything is written.
 
     plain: the result is an ordinary checkpoint, whose experts stay fused.
+    replaced: names that the run has tensors of its own for.
     """
     ledger = Ledger()
     quantized = {f"{stem_of(streamed, name)}.weight": layer for name, layer in plan.quantized().items()}
@@ -75,6 +78,8 @@ def make_ledger(streamed: StreamedModel, plan: ModelPlan, plain: bool = False) -
         elif name in regrouped:
             what = "quantized as a whole" if plain else f"became {len(regrouped[name].written)} tensors"
             ledger.add(name, "transformed", what)
+        elif name in replaced:
+            ledger.add(name, "dropped", "calibration found another")
         elif name in unused:
             ledger.add(name, "kept", "Transformers does not instantiate it")
         else:
@@ -110,25 +115,75 @@ def tensor_shapes(
         elif fate == "kept":
             shapes.append((name, shape))
     for group in changed_groups(streamed, plan):
-        if not (group.fused and is_plain(fmt)):
+        if not (group.fused and fmt.plain):
             stems = [written.removesuffix(".weight") for written in group.written.values()]
             shapes += [part for stem in stems if stem in layers for part in _packed_shapes(stem, layers, fmt)]
-    shapes += [(written, piece.shape) for written, piece in pieces(streamed, plan, is_plain(fmt)).items()]
-    return shapes
+    shapes += [(written, piece.shape) for written, piece in pieces(streamed, plan, fmt.plain).items()]
+    return _gathered(shapes, Places(streamed, plan, fmt))
+
+
+class Places:
+    """Where a format writes tensors, by the names that they would have without it."""
+
+    def __init__(self, streamed: StreamedModel, plan: ModelPlan, fmt: ExportFormat):
+        self.infos: dict[str, LayerInfo] = {stem_of(streamed, name): layer.info for name, layer in plan.layers.items()}
+        self.fmt = fmt
+
+    def __getitem__(self, name: str) -> Place:
+        stem, _, suffix = name.rpartition(".")
+        found = self.fmt.place(self.infos[stem], suffix) if stem in self.infos else None
+        return found or Place(name)
+
+
+def _gathered(shapes: Iterable[tuple[str, TensorShape]], places: Places) -> list[tuple[str, TensorShape]]:
+    """What is written: tensors that several layers have a slice of stand where the first of them stood."""
+    found: list[tuple[str, TensorShape]] = []
+    stacks: set[str] = set()
+    for name, shape in shapes:
+        place = places[name]
+        if place.name not in stacks:
+            found.append((place.name, place.shape(shape)))
+        if place.index is not None:
+            stacks.add(place.name)
+    return found
 
 
 def _packed_shapes(stem: str, layers: Mapping[str, LayerPlan], fmt: ExportFormat) -> list[tuple[str, TensorShape]]:
     return [(f"{stem}.{suffix}", part) for suffix, part in fmt.layout(layers[stem]).items()]
 
 
-def is_plain(fmt: ExportFormat) -> bool:
-    """Whether a format's result is an ordinary checkpoint, read without our classes."""
-    return getattr(fmt, "plain", False)
+def check_attention(fmt: ExportFormat, asked: Mapping[str, str]) -> None:
+    """Refuse a format without a place for attention's scales, where they are asked for.
+
+    Raises:
+        PlanError: the format cannot hold them.
+    """
+    if asked and fmt.pack_attention is None:
+        raise PlanError(
+            f"{fmt.name} has no place for the scales that {next(iter(asked))} asks for: use llm_compressor or "
+            "auto_round, or leave the option out"
+        )
+
+
+def stored_attention(
+    streamed: StreamedModel, plan: ModelPlan, store: Store, fmt: ExportFormat
+) -> dict[str, torch.Tensor]:
+    """Attention's scales, as a format stores them, by the name under which they are stored."""
+    per_head = "head" in store.facts.get("attention", {}).values()
+    found = {}
+    for block in plan.block_names:
+        for parameter, scale in store.beside(block).items():
+            module, _, suffix = parameter.rpartition(".")
+            inside = next(name for name, _ in streamed.model.get_submodule(module).named_parameters())
+            stored = streamed.source_name(f"{module}.{inside}")
+            stem = stored.removesuffix(f".{inside}") if stored.endswith(f".{inside}") else module
+            found[f"{stem}.{suffix}"] = fmt.pack_attention(scale, per_head)
+    return found
 
 
 def planned_bytes(streamed: StreamedModel, plan: ModelPlan, fmt: ExportFormat) -> int:
     """Bytes of the weights that will be written, known before any work."""
-    shapes = tensor_shapes(streamed, plan, fmt, make_ledger(streamed, plan, is_plain(fmt)))
+    shapes = tensor_shapes(streamed, plan, fmt, make_ledger(streamed, plan, fmt.plain))
     return sum(torch.Size(shape.shape).numel() * shape.dtype.itemsize for _, shape in shapes)
 
 
@@ -137,8 +192,8 @@ def write_folder(
     streamed: StreamedModel,
     plan: ModelPlan,
     store: Store,
-    fmt: ExportFormat,
     *,
+    fmt: ExportFormat,
     source_dir: Path | None,
     tokenizer: Any = None,
     settings: Mapping[str, Any],
@@ -149,22 +204,33 @@ def write_folder(
     Raises:
         OSError: too little disk space, before anything is written. LedgerError: a tensor would be lost.
     """
-    ledger = make_ledger(streamed, plan, is_plain(fmt))
-    refused = refused_layers(streamed, plan) if is_plain(fmt) else {}
-    with CheckpointWriter(folder, tensor_shapes(streamed, plan, fmt, ledger), max_shard_size or "5GB") as writer:
+    scales = stored_attention(streamed, plan, store, fmt)
+    ledger = make_ledger(streamed, plan, fmt.plain, scales)
+    refused = refused_layers(streamed, plan) if fmt.plain else {}
+    shapes = tensor_shapes(streamed, plan, fmt, ledger)
+    shapes += [(name, TensorShape(tuple(scale.shape), scale.dtype)) for name, scale in scales.items()]
+    places = Places(streamed, plan, fmt)
+    with CheckpointWriter(folder, shapes, max_shard_size or "5GB") as writer:
+
+        def write(name: str, value: torch.Tensor) -> None:
+            writer.write(places[name].name, value, places[name].index)
+
+        for name, scale in scales.items():
+            write(name, scale)
         for name in ledger.of("kept"):
-            writer.write(name, streamed.read_source(name))
-        for name, value in read_pieces(streamed, plan, store, is_plain(fmt)):
-            writer.write(name, value)
+            write(name, streamed.read_source(name))
+        for name, value in read_pieces(streamed, plan, store, fmt.plain):
+            write(name, value)
         for part in plan.parts:
             for name, tensor in store.load(part, plan.quantized(part)).tensors.items():
                 if name in refused:
                     continue
                 for suffix, packed in fmt.pack(tensor, plan.layers[name].info).items():
-                    writer.write(f"{stem_of(streamed, name)}.{suffix}", packed)
+                    write(f"{stem_of(streamed, name)}.{suffix}", packed)
             trim_memory()
     _write_side_files(folder, streamed, source_dir, tokenizer)
-    write_config(_source_config(streamed, source_dir), fmt.config(settings), folder)
+    config = _source_config(streamed, source_dir)
+    write_config(fmt.adapt_config(config), fmt.config(settings), folder)
     return ledger
 
 

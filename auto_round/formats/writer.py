@@ -7,6 +7,7 @@ after all tensors have arrived; config.json is written last, so a folder that ha
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -82,7 +83,8 @@ class CheckpointWriter:
         headers = [self._lay_out(i, shard, dict(metadata or {"format": "pt"})) for i, shard in enumerate(shards)]
         self.weight_map = {name: self.files[slot.file] for name, slot in self._slots.items()}
         self.total_size = sum(slot.size for slot in self._slots.values())
-        self._missing = dict.fromkeys(name for name, _ in tensors)
+        # Tensors that have not come, each with the slices of it that have.
+        self._missing: dict[str, set[int]] = {name: set() for name, _ in tensors}
         self._open: dict[int, int] = {}  # file index → descriptor, until the file's last tensor has come
         self._left = [len(shard) for shard in shards]
         self._ends = [
@@ -137,35 +139,59 @@ class CheckpointWriter:
             file.write(header)
             file.truncate(self._ends[index])
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Put one tensor where it belongs. The order of calls does not matter."""
+    def write(self, name: str, tensor: torch.Tensor, index: int | None = None) -> None:
+        """Put one tensor where it belongs, or slice `index` of its first dimension. The order of calls does not matter.
+
+        Raises:
+            ValueError: no such tensor or slice was announced, it looks otherwise, or it is there already.
+        """
         slot = self._slots.get(name)
         if slot is None:
             raise ValueError(f"tensor {name!r} was not announced")
-        if name not in self._missing:
-            raise ValueError(f"tensor {name!r} is written a second time")
+        shape = tuple(slot.shape.shape)
+        if index is not None and not (shape and 0 <= index < shape[0]):
+            raise ValueError(f"tensor {name!r} has no slice {index}, announced as {_describe(slot.shape)}")
+        part = TensorShape(shape if index is None else shape[1:], slot.shape.dtype)
+        which = f"tensor {name!r}" if index is None else f"slice {index} of tensor {name!r}"
+        come = self._missing.get(name)
+        if come is None or index in come or (index is None and come):
+            raise ValueError(f"{which} is written a second time")
         got = TensorShape(tuple(tensor.shape), tensor.dtype)
-        if got != TensorShape(tuple(slot.shape.shape), slot.shape.dtype):
-            raise ValueError(f"tensor {name!r} is {_describe(got)}, announced as {_describe(slot.shape)}")
+        if got != part:
+            raise ValueError(f"{which} is {_describe(got)}, announced as {_describe(part)}")
         flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        self._write_bytes(slot, memoryview(flat.view(torch.uint8).numpy()))
-        del self._missing[name]
+        start = slot.start + (index or 0) * _nbytes(part)
+        self._write_bytes(slot.file, start, memoryview(flat.view(torch.uint8).numpy()))
+        if index is not None:
+            come.add(index)
+        if index is None or len(come) == shape[0]:
+            self._finish(name, slot.file)
 
-    def _write_bytes(self, slot: _Slot, data: memoryview) -> None:
-        if slot.file not in self._open:
-            self._open[slot.file] = os.open(self._partial(slot.file), os.O_WRONLY | getattr(os, "O_BINARY", 0))
-        handle = self._open[slot.file]
-        try:
-            os.lseek(handle, slot.start, os.SEEK_SET)
+    def _write_bytes(self, file: int, start: int, data: memoryview) -> None:
+        if file not in self._open:
+            self._open[file] = os.open(self._partial(file), os.O_WRONLY | getattr(os, "O_BINARY", 0))
+        size = len(data)
+        with self._explained(file, f"writing {size:,} bytes at {start:,}"):
+            os.lseek(self._open[file], start, os.SEEK_SET)
             while data:
-                data = data[os.write(handle, data) :]  # a call moves at most about 2 GB
-            self._left[slot.file] -= 1
-            if not self._left[slot.file]:
-                os.fsync(handle)
-                os.close(self._open.pop(slot.file))
+                data = data[os.write(self._open[file], data) :]  # a call moves at most about 2 GB
+
+    def _finish(self, name: str, file: int) -> None:
+        """A tensor has come, and with the last one of its file that is flushed."""
+        del self._missing[name]
+        self._left[file] -= 1
+        if not self._left[file]:
+            with self._explained(file, "flushing"):
+                os.fsync(self._open[file])
+                os.close(self._open.pop(file))
+
+    @contextlib.contextmanager
+    def _explained(self, file: int, doing: str) -> Iterator[None]:
+        """Say of an error of the system what was being done to which file."""
+        try:
+            yield
         except OSError as error:
-            message = f"writing {slot.size:,} bytes at {slot.start:,} failed: {error.strerror}"
-            raise OSError(error.errno, message, str(self._partial(slot.file))) from error
+            raise OSError(error.errno, f"{doing} failed: {error.strerror}", str(self._partial(file))) from error
 
     def close(self) -> None:
         """Give the shards their names and write the index, all flushed to disk. Fails if a tensor never came.

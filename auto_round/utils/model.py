@@ -17,7 +17,6 @@ from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
 from auto_round.modeling.sources import open_checkpoint
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import MIN_COVERAGE, LayerInfo, PlanError, match_layers
-from auto_round.special_model_handler import _handle_special_model
 from auto_round.utils.common import is_supported_layer, is_transposed
 
 _TABLES = {  # of text-generating classes, in the order in which they are looked at
@@ -129,25 +128,21 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     return model.eval().requires_grad_(False)
 
 
-def load_model(directory: str | Path, trust_remote_code: bool = False, **options: Any) -> nn.Module:
-    """A model from a folder through Transformers, of the class that generates text, in the dtype it is stored in."""
-    from transformers import AutoConfig, AutoRoundConfig
-
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, **options}
-    if (getattr(config, "quantization_config", None) or {}).get("quant_method") in ("gptq", "awq"):
-        options.setdefault("quantization_config", AutoRoundConfig())  # else Transformers asks for gptqmodel
-    return _handle_special_model(model_class(config).from_pretrained(directory, **options).eval())
+def only_gguf(directory: str | Path) -> dict[str, str]:
+    """What tells Transformers to read a folder's only GGUF file; empty for other folders."""
+    found = sorted(Path(directory).glob("*.gguf"))
+    return {"gguf_file": found[0].name} if len(found) == 1 and not (Path(directory) / "config.json").exists() else {}
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer beside the model, or None if the folder has none."""
     from transformers import AutoTokenizer
 
+    source = only_gguf(directory)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "vocab.txt")
-    if not any((directory / name).exists() for name in names):
+    if not source and not any((directory / name).exists() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **source)
 
 
 def load_streamed(
@@ -239,6 +234,19 @@ def find_layers(
         )
     _check_coverage(model, blocks, layers, routers, matrices)
     return layers
+
+
+def find_embedding(model: nn.Module) -> LayerInfo | None:
+    """The table of input embeddings, which only llama.cpp's files quantize."""
+    try:
+        table = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # not a Transformers model, or one without text
+        return None
+    if not isinstance(table, nn.Embedding):
+        return None
+    name = next(name for name, module in model.named_modules() if module is table)
+    rows, columns = table.weight.shape
+    return LayerInfo(name, rows, columns, None, dtype=table.weight.dtype, role="embedding")
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
