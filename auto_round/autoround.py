@@ -229,6 +229,8 @@ def _open_model(
             )
         model.eval().requires_grad_(False)
         return StreamedModel(model, None, parameter.device), tokenizer, None
+    if isinstance(model, StreamedModel):
+        return model, tokenizer, model.checkpoint.directory
     directory = resolve_model_dir(str(model), trust_remote_code)
     streamed = load_streamed(directory, trust_remote_code, _dtype(dtype), device)
     return streamed, tokenizer or load_tokenizer(directory, trust_remote_code), directory
@@ -239,6 +241,8 @@ def _short_name(model: Any) -> str:
     if isinstance(model, nn.Module):
         path = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         return Path(path).name or type(model).__name__.lower()
+    if isinstance(model, StreamedModel):
+        return model.checkpoint.directory.resolve().name
     return Path(str(model)).expanduser().resolve().name
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,11 +101,17 @@ class ModelPlan:
 
     def quantized(self, part: str | None = None) -> dict[str, LayerPlan]:
         """Layers that get quantized: all, or those of one block (or `OUTSIDE`)."""
-        return {
-            name: plan
-            for name, plan in self.layers.items()
-            if plan.is_quantized and part in (None, plan.info.block or OUTSIDE)
-        }
+        return dict(self._quantized.get(part, {}))
+
+    @functools.cached_property
+    def _quantized(self) -> dict[str | None, dict[str, LayerPlan]]:
+        """By part, all of them under None: experts make tens of thousands, asked for block by block."""
+        found: dict[str | None, dict[str, LayerPlan]] = {None: {}}
+        for name, plan in self.layers.items():
+            if plan.is_quantized:
+                found[None][name] = plan
+                found.setdefault(plan.info.block or OUTSIDE, {})[name] = plan
+        return found
 
     def summary(self) -> str:
         """`Quantized 28/30 layers; kept 2: router: small, and it decides (a, b)`, of the layers in blocks."""

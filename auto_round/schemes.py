@@ -122,7 +122,7 @@ class QuantizationScheme:
 
     @property
     def is_quantized(self) -> bool:
-        return self.weight.is_quantized
+        return self.bits <= 8
 
     def override(self, **changes: Any) -> QuantizationScheme:
         """A new scheme with the given fields replaced; None leaves a field as it is."""

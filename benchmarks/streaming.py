@@ -34,15 +34,15 @@ print(json.dumps({"bare_mb": bare, "peak_mb": peak(), "above_mb": peak() - bare,
 """
 
 
-def config(layers: int) -> dict:
+def config(layers: int, hidden: int = HIDDEN) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
+        "hidden_size": hidden,
+        "intermediate_size": hidden * INTERMEDIATE // HIDDEN,
         "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": hidden * HEADS // HIDDEN,
+        "num_key_value_heads": hidden * HEADS // HIDDEN,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
@@ -50,15 +50,16 @@ def config(layers: int) -> dict:
     }
 
 
-def shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
+def shapes(layers: int, hidden: int = HIDDEN) -> dict[str, tuple[int, ...]]:
+    wide = hidden * INTERMEDIATE // HIDDEN
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
     for i in range(layers):
         base = f"model.layers.{i}"
-        found |= {f"{base}.self_attn.{p}_proj.weight": (HIDDEN, HIDDEN) for p in "qkvo"}
-        found |= {f"{base}.mlp.{p}_proj.weight": (INTERMEDIATE, HIDDEN) for p in ("gate", "up")}
-        found[f"{base}.mlp.down_proj.weight"] = (HIDDEN, INTERMEDIATE)
-        found |= {f"{base}.{n}.weight": (HIDDEN,) for n in ("input_layernorm", "post_attention_layernorm")}
-    return {**found, "model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
+        found |= {f"{base}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
+        found |= {f"{base}.mlp.{p}_proj.weight": (wide, hidden) for p in ("gate", "up")}
+        found[f"{base}.mlp.down_proj.weight"] = (hidden, wide)
+        found |= {f"{base}.{n}.weight": (hidden,) for n in ("input_layernorm", "post_attention_layernorm")}
+    return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
 
 
 def make(folder: Path, layers: int, shards: int) -> None:

@@ -21,6 +21,7 @@ from auto_round.logger import logger, setup_logging
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "quantize": ("auto_round.cli.quantize", "quantize a model, save and verify it (also without this word)"),
+    "plan": ("auto_round.cli.plan", "what quantizing a model will do, need and take, from its headers alone"),
     "list": ("auto_round.cli.listing", "show schemes, formats, recipes, algorithms, backends"),
     "eval": ("auto_round.cli.evaluate", "perplexity, KL divergence from the original, benchmark tasks"),
     "verify": ("auto_round.cli.verify", "check a quantized folder again"),
@@ -67,7 +68,7 @@ def _dispatch(arguments: list[str], recipe: str, debug: bool) -> int:
         return _help(rest)
     _quieten(debug)
     module = importlib.import_module(COMMANDS[command][0])
-    return module.run(rest, recipe) if command == "quantize" else module.run(rest)
+    return module.run(rest, recipe) if command in ("quantize", "plan") else module.run(rest)
 
 
 def _route(arguments: list[str]) -> tuple[str, list[str]]:

@@ -44,7 +44,18 @@ ABSENT = (
 # fmt: on
 
 # What the command itself uses; everything else that the user gave is an argument of `AutoRound`.
-_OWN = ("model", "model_option", "recipe", "format", "output_dir", "max_shard_size", "tasks", "eval_bs", "limit")
+_OWN = (
+    "model",
+    "model_option",
+    "recipe",
+    "format",
+    "output_dir",
+    "max_shard_size",
+    "tasks",
+    "eval_bs",
+    "limit",
+    "force",
+)
 _ACCEPTED = ("num_fewshot", "debug", "mllm", "disable_trust_remote_code", "low_cpu_mem_usage", "platform")
 
 
@@ -65,7 +76,7 @@ def make_parser(recipe: str = "default") -> Parser:
     _add_run(parser)
     _add_tuning(parser)
     add_tasks(parser)
-    parser.set_defaults(tasks=None, eval_bs=None, limit=None, num_fewshot=None, debug=False)
+    parser.set_defaults(tasks=None, eval_bs=None, limit=None, num_fewshot=None, debug=False, force=False)
     return parser
 
 
@@ -143,6 +154,7 @@ def _add_run(parser: Parser) -> None:
     group.add_argument(
         "--device_map", "--device", "--devices", metavar="DEVICE", help="cpu, cuda, 0, cuda:1, auto (default: 0)"
     )
+    group.add_argument("--force", action="store_true", help="go on although memory or disk will not do by the estimate")
     group.add_argument("--seed", type=whole_number, metavar="N", help="everything random follows it (42)")
     group.add_argument("--model_dtype", choices=("fp16", "float16", "bf16", "bfloat16", "fp32", "float32"))
     group.add_argument("--disable_amp", dest="amp", action="store_false", help="tune in the model's own dtype")
@@ -219,13 +231,11 @@ def run(arguments: list[str], recipe: str = "default") -> int:
         parser.print_help()
         return 0
     options = parser.parse(arguments)
-    model = options.model_option or options.model
-    if model is None or (options.model and options.model_option):
-        raise UsageError("give one model: a folder or a hub id, as in `auto-round MODEL --scheme W4A16`")
+    model = the_model(options)
     tasks = comma_list(options.tasks)
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError('--tasks needs lm-eval: pip install "auto-round[eval]"; or leave --tasks out')
-    formats = _check_output(options)
+    formats = check_output(options)
 
     from auto_round.autoround import AutoRound
     from auto_round.cli.summary import print_report, silence_loading
@@ -233,7 +243,9 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     began = time.monotonic()
     compressor = AutoRound(model, **settings_for(options))
     silence_loading()
-    _, found = compressor.quantize_and_save(options.output_dir, format=formats, max_shard_size=options.max_shard_size)
+    _, found = compressor.quantize_and_save(
+        options.output_dir, format=formats, max_shard_size=options.max_shard_size, force=options.force
+    )
     folders = [found] if isinstance(found, str) else found
     reports = [json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")) for folder in folders]
     for report in reports:
@@ -243,7 +255,15 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     return 0
 
 
-def _check_output(options: argparse.Namespace) -> str | None:
+def the_model(options: argparse.Namespace) -> str:
+    """The model, however it was given."""
+    model = options.model_option or options.model
+    if model is None or (options.model and options.model_option):
+        raise UsageError("give one model: a folder or a hub id, as in `auto-round MODEL --scheme W4A16`")
+    return model
+
+
+def check_output(options: argparse.Namespace) -> str | None:
     """The formats' known names; what is wrong with them or with the shards' size is said before a model is fetched."""
     from auto_round.formats import format_name
     from auto_round.formats.writer import parse_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -67,12 +67,7 @@ def how_to_load(report: Mapping[str, Any]) -> list[str]:
 
 def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterable[tuple[str, str]]:
     """(what, how much) of a report."""
-    layers = report.get("layers") or ()
-    for names, layer in group_layers(one for one in layers if one["status"] == "quantized"):
-        rule = "" if layer["reason"] == "default" else f" ({layer['reason']}): {_shown(names)}"
-        yield "quantized", scheme_words(layer) + rule
-    for names, layer in group_layers(one for one in layers if one["status"] != "quantized"):
-        yield "kept", f"{layer['reason']}: {_shown(names)}"
+    yield from layer_rows(report.get("layers") or ())
     experts = expert_words(report.get("blocks") or ())
     if experts:
         yield "experts", experts
@@ -95,6 +90,15 @@ def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterabl
         yield "warning", str(warning)
     yield "files", report["folder"]
     yield "report", f"{report['folder']}/report.html (and report.json)"
+
+
+def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    """(what, which) of layers as a report lists them: those that share scheme and reason together."""
+    for names, layer in group_layers(one for one in layers if one["status"] == "quantized"):
+        rule = "" if layer["reason"] == "default" else f" ({layer['reason']}): {_shown(names)}"
+        yield "quantized", scheme_words(layer) + rule
+    for names, layer in group_layers(one for one in layers if one["status"] != "quantized"):
+        yield "kept", f"{layer['reason']}: {_shown(names)}"
 
 
 def silence_loading() -> None:

@@ -24,6 +24,7 @@ from auto_round.calibration.feed import complete_sample, random_text
 from auto_round.calibration.forwards import ReplayError
 from auto_round.calibration.native import NativeRun, run_native
 from auto_round.compressors.adapt import find_blocks, plan_model
+from auto_round.compressors.afford import check_fits
 from auto_round.compressors.chain import Chain, inputs_of
 from auto_round.compressors.experts import FLOOR, expert_tokens, input_scales, rarely_used, shared_importance
 from auto_round.compressors.samples import CHECK_SAMPLES, check_batch, read_samples
@@ -36,10 +37,11 @@ from auto_round.compressors.weights import (
     hash_weights,
     restore_weights,
 )
+from auto_round.estimate import Estimate
 from auto_round.formats import format_name, make_format
 from auto_round.formats.base import ExportFormat
 from auto_round.formats.engines import EngineProfile
-from auto_round.formats.export import check_attention, planned_bytes
+from auto_round.formats.export import check_attention
 from auto_round.logger import logger
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import OUTSIDE, LayerPlan, ModelPlan, PlanError
@@ -102,6 +104,7 @@ class Compressor:
         self.block_log: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.times: dict[str, float] = {}
+        self.estimate: Estimate | None = None
         self.import_memory_mb = peak_memory_mb()
         self.model = _handle_special_model(streamed.model)
         self.data = None
@@ -512,10 +515,12 @@ class Compressor:
         format: str | None = None,
         inplace: bool = True,
         max_shard_size: int | str | None = None,
+        force: bool = False,
     ) -> tuple[nn.Module, str | list[str]]:
         """Quantize into a work folder under `output_dir`, write the model there in each format, and verify it.
 
         A killed run goes on from its last complete block when it is started again with the same arguments.
+        Before any work it is refused with DoesNotFitError or OSError if memory or disk will not do, unless `force`.
 
         inplace is accepted for compatibility and changes nothing.
 
@@ -525,8 +530,8 @@ class Compressor:
         """
         formats = [self._bind(name) for name in (format or self.default_format).split(",")]
         base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme, self.gguf is not None)
-        # The work folder holds about what the artifact holds.
-        prepare_output(base, 2 * sum(planned_bytes(self.streamed, self.plan, fmt) for fmt in formats))
+        prepare_output(base)
+        self.estimate = check_fits(self, formats, base, force)
         finals = [base if len(formats) == 1 else base / fmt.name.replace(":", "-").replace("_", "-") for fmt in formats]
         with contextlib.closing(self._open_store(base.with_name(base.name + ".work"))) as store:
             self.run()

@@ -31,6 +31,7 @@ from auto_round.formats.parts import pieces, read_pieces, refused_layers, stem_o
 from auto_round.formats.writer import write_json
 from auto_round.inference.load import load_model
 from auto_round.logger import logger
+from auto_round.plan import ModelPlan
 from auto_round.report import render_html
 from auto_round.schemes import QuantizationScheme
 from auto_round.store import Store
@@ -74,11 +75,11 @@ def folder_name(model: str, scheme: QuantizationScheme, gguf: bool = False) -> s
     return f"{model}{family}-w{scheme.bits}{suffix}"
 
 
-def prepare_output(folder: Path, nbytes: int = 0) -> None:
+def prepare_output(folder: Path) -> None:
     """Make sure that the output can be written, before any work.
 
     Raises:
-        OSError: the folder cannot be made or written, or its disk has less than `nbytes` free.
+        OSError: the folder cannot be made or written.
     """
     parent = folder.parent
     try:
@@ -88,12 +89,6 @@ def prepare_output(folder: Path, nbytes: int = 0) -> None:
         probe.unlink()
     except OSError as error:
         raise OSError(f"the output folder {parent} cannot be written ({error.strerror}): choose another") from error
-    free = shutil.disk_usage(parent).free
-    if free < nbytes:
-        raise OSError(
-            f"{parent} has {free / 1e9:.1f} GB free, and the result with its work folder needs {nbytes / 1e9:.1f} GB: "
-            "make room or choose another output folder"
-        )
 
 
 def save(
@@ -298,20 +293,7 @@ def make_report(
         "folder": str(final),
         "work_folder": str(run._store.folder),
         "quantized_layers": [done, len(in_blocks)],
-        "layers": [
-            {
-                "name": plan.name,
-                "bits": plan.scheme.bits,
-                "data_type": plan.scheme.data_type,
-                "act_bits": plan.scheme.act_bits,
-                "group_size": plan.scheme.group_size,
-                "sym": plan.scheme.sym,
-                "status": "quantized" if plan.is_quantized else "kept",
-                "reason": plan.reason,
-                "numel": plan.info.numel,
-            }
-            for plan in run.plan.layers.values()
-        ],
+        "layers": layer_list(run.plan),
         "large_kept": large,
         "blocks": run.block_log,
         "data": _data(run),
@@ -324,12 +306,31 @@ def make_report(
         "peak_memory_mb": round(peak_memory_mb()),
         "import_memory_mb": round(run.import_memory_mb),
         "device_peak_mb": device_peak_mb(run.device),
+        "estimate": run.estimate.to_dict() if run.estimate is not None else None,
         "settings": run.facts()["settings"],
         "versions": {name: version(name) for name in ("auto-round", "torch", "transformers", "safetensors")},
         "command": " ".join(sys.argv),
         "warnings": run.warnings,
         "files": file_hashes(partial),
     }
+
+
+def layer_list(plan: ModelPlan) -> list[dict[str, Any]]:
+    """What becomes of every layer and why, as plain values."""
+    return [
+        {
+            "name": layer.name,
+            "bits": layer.scheme.bits,
+            "data_type": layer.scheme.data_type,
+            "act_bits": layer.scheme.act_bits,
+            "group_size": layer.scheme.group_size,
+            "sym": layer.scheme.sym,
+            "status": "quantized" if layer.is_quantized else "kept",
+            "reason": layer.reason,
+            "numel": layer.info.numel,
+        }
+        for layer in plan.layers.values()
+    ]
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -63,15 +63,17 @@ class TensorEntry:
 class Checkpoint:
     """The tensors of a model directory by name; reads headers on construction and bytes when asked.
 
+    headers_only: files may end after their headers; then no tensor can be read.
+
     Raises:
         CheckpointError: no safetensors, a shard that is missing or truncated, or a header that lies.
     """
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, headers_only: bool = False):
         self.directory = Path(directory)
         self.entries: dict[str, TensorEntry] = {}
         for file in _shards(self.directory):
-            for name, entry in read_header(file).items():
+            for name, entry in read_header(file, headers_only).items():
                 if name in self.entries:
                     other = self.entries[name].file.name
                     raise CheckpointError(f"{self.directory}: tensor {name!r} is in both {other} and {file.name}")
@@ -217,8 +219,11 @@ def _inside(directory: Path, name: Any, index: Path) -> Path:
     return directory / name
 
 
-def read_header(file: Path) -> dict[str, TensorEntry]:
-    """Names, shapes, dtypes and byte ranges of a safetensors file, checked against its size."""
+def read_header(file: Path, headers_only: bool = False) -> dict[str, TensorEntry]:
+    """Names, shapes, dtypes and byte ranges of a safetensors file, checked against its size.
+
+    headers_only: the file may end after the header.
+    """
     size = file.stat().st_size
     with open(file, "rb") as handle:
         start = handle.read(8)
@@ -233,7 +238,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     entries = {}
     for name, info in header.items():
         entry = _entry(file, name, info, 8 + length)
-        if entry.end > size:
+        if entry.end > size and not headers_only:
             raise CheckpointError(
                 f"{file} is truncated: {name!r} ends at byte {entry.end}, the file at {size}: download it again"
             )

@@ -369,15 +369,20 @@ READERS: dict[str, Callable[[Checkpoint, Mapping[str, Any]], Iterable[StoredWeig
 
 
 def open_checkpoint(
-    directory: str | Path, quantization_config: Mapping[str, Any] | None, dtype: torch.dtype = torch.bfloat16
+    directory: str | Path,
+    quantization_config: Mapping[str, Any] | None,
+    dtype: torch.dtype = torch.bfloat16,
+    headers_only: bool = False,
 ) -> Checkpoint | DequantizedCheckpoint:
     """A model folder's tensors as floats; `quantization_config` is config.json's, `dtype` what is dequantized to.
+
+    headers_only: the files may end after their headers; then no tensor can be read.
 
     Raises:
         CheckpointError: the folder cannot be read, its quantization is not understood or is one that quantizing again
             would only make worse, or a quantized tensor lacks its scale.
     """
-    source = Checkpoint(directory)
+    source = Checkpoint(directory, headers_only)
     if not quantization_config:
         bare = next((name for name, _ in _coded(source, *_FP8) if _scale_of(source, name)), None)
         if bare is not None:

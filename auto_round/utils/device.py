@@ -49,6 +49,48 @@ def peak_memory_mb() -> float:
     return peak / (1024 if sys.platform != "darwin" else 1 << 20)
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, the peak so far."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) << 10 if found else int(peak_memory_mb() * (1 << 20))
+
+
+def free_memory() -> int | None:
+    """Bytes of RAM that can still be had: what the system calls available, within the control group's limit.
+
+    None where neither is known.
+    """
+    limits = []
+    info = Path("/proc/meminfo")
+    if info.exists():
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", info.read_text(), re.MULTILINE)
+        limits += [int(found[1]) << 10] if found else []
+    for limit, used in _CGROUPS:
+        try:
+            most, now = Path(limit).read_text().strip(), int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        if most.isdigit() and int(most) < 1 << 60:  # "max", and a number beyond any memory, stand for no limit
+            limits.append(max(0, int(most) - now + _cached(Path(limit).parent / "memory.stat")))
+    return min(limits, default=None)
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of files that a control group counts as used and gives back when memory is wanted."""
+    try:
+        found = re.search(r"^(?:total_)?inactive_file (\d+)", stat.read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
 def trim_memory() -> None:
     """Give freed memory back to the system between blocks.
 

@@ -162,11 +162,11 @@ def load_streamed(
     return StreamedModel(model, checkpoint, device)
 
 
-def open_source(directory: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+def open_source(directory: Path, dtype: torch.dtype | None = None, headers_only: bool = False) -> Checkpoint:
     """The weights of a model folder as floats, whatever they are stored in."""
     raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     quantization = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
-    return open_checkpoint(directory, quantization, dtype or torch.bfloat16)
+    return open_checkpoint(directory, quantization, dtype or torch.bfloat16, headers_only)
 
 
 def main_dtype(checkpoint: Checkpoint) -> torch.dtype:

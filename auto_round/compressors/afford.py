@@ -1,0 +1,194 @@
+"""Whether this machine has what a run needs, and what to change if it has not."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from auto_round.compressors.samples import longest_sample
+from auto_round.estimate import Estimate, estimate
+from auto_round.formats import FORMATS, make_format
+from auto_round.formats.base import ExportFormat
+from auto_round.formats.export import planned_bytes
+from auto_round.plan import LayerPlan, ModelPlan, PlanError
+from auto_round.report import size
+from auto_round.speed import Setting, Speed, measure
+from auto_round.utils.device import free_memory, resident_bytes
+from auto_round.workload import Workload, workload
+
+if TYPE_CHECKING:
+    from auto_round.compressors.base import Compressor
+
+
+class DoesNotFitError(RuntimeError):
+    """A run that needs more memory than there is; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Bytes that can be had: RAM and VRAM beyond what this process holds, disk. None where it is not known."""
+
+    ram: int | None
+    disk: int | None
+    vram: int | None = None
+
+
+def resources(folder: Path, device: torch.device) -> Resources:
+    """What there is now. folder: where the result goes; it need not exist."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    vram = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return Resources(free_memory(), shutil.disk_usage(folder).free, vram)
+
+
+def work_of(run: Compressor) -> Workload:
+    """A run's workload under its present settings."""
+    length = longest_sample(run.calibration.seqlen, run.model, run.tokenizer)
+    return workload(run.streamed, run.plan, run.tune, run.calibration.nsamples, length, run.needs_data)
+
+
+def speed_of(run: Compressor, work: Workload) -> Speed:
+    """How fast this machine is at the run's work."""
+    tune = bool(work.tune.iters) and work.needs_data
+    dtype = getattr(run.model, "dtype", torch.float32)
+    return measure(work.shapes, work.glue, Setting(run.device, dtype, run.amp, work.tune.search, tune))
+
+
+def estimate_run(run: Compressor, work: Workload, output: Mapping[str, int]) -> Estimate:
+    """What a run will need. output: format → bytes of its weights."""
+    libraries = resident_bytes()  # before measuring, which leaves buffers behind
+    return estimate(work, output, libraries, run.activation_budget, speed_of(run, work))
+
+
+def output_sizes(run: Compressor, formats: Sequence[ExportFormat]) -> dict[str, int]:
+    return {fmt.name: planned_bytes(run.streamed, run.plan, fmt) for fmt in formats}
+
+
+def possible_sizes(run: Compressor, known: ExportFormat, nbytes: int) -> dict[str, int]:
+    """Format → bytes of its weights, for every format that can hold the plan.
+
+    Formats differ in the layers that are quantized alone, so the rest is taken from one that is known.
+    """
+    if known.plain:
+        return {known.name: nbytes}
+    rest = nbytes - _packed_bytes(known, run.plan)
+    found: dict[str, int] = {}
+    for name in FORMATS:
+        try:
+            fmt = make_format(name, run.plan)
+        except PlanError:
+            continue
+        if not fmt.plain:
+            found[name] = rest + _packed_bytes(fmt, run.plan)
+    return found
+
+
+def _packed_bytes(fmt: ExportFormat, plan: ModelPlan) -> int:
+    """Bytes of all layers as a format stores them; layers that differ in their names alone are laid out once."""
+    known: dict[tuple, int] = {}
+    total = 0
+    for layer in plan.quantized().values():
+        key = (_anonymous(layer), layer.scheme)
+        if key not in known:
+            layout = fmt.layout(layer).values()
+            known[key] = sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in layout)
+        total += known[key]
+    return total
+
+
+def _anonymous(layer: LayerPlan) -> tuple:
+    info = layer.info
+    return info.out_features, info.in_features, info.transposed, info.has_bias, info.dtype, info.role, info.fused
+
+
+def check_fits(run: Compressor, formats: Sequence[ExportFormat], base: Path, force: bool) -> Estimate:
+    """Estimate what a run needs, and refuse one that this machine cannot do. base: the folder of its result.
+
+    Raises:
+        DoesNotFitError: too little memory. OSError: too little disk space. Both say what to change.
+    """
+    work = work_of(run)
+    found = estimate_run(run, work, output_sizes(run, formats))
+    kept = base.with_name(base.name + ".work")
+    existing = sum(file.stat().st_size for file in kept.rglob("*.safetensors")) if kept.is_dir() else 0
+    memory, disk = problems(run, work, found, resources(base.parent, run.device), existing)
+    said = [*memory, *disk]
+    if said and not force:
+        kind = DoesNotFitError if memory else OSError
+        raise kind(f"{'; '.join(said)}; or go on in spite of it with force=True (--force)")
+    run.warnings += [f"started by force, although {problem}" for problem in said]
+    return found
+
+
+# ---- what does not fit -------------------------------------------------------------------------------------------
+
+
+def problems(
+    run: Compressor, work: Workload, found: Estimate, there: Resources, existing: int = 0
+) -> tuple[list[str], list[str]]:
+    """Sentences about (memory, disk) that do not suffice, and what to change; empty if they do.
+
+    existing: bytes of the work folder that an earlier run has left.
+    """
+    memory, disk = [], []
+    extra = found.ram.total - resident_bytes()
+    if there.ram is not None and extra > there.ram:
+        memory.append(
+            f"the run needs {size(found.ram.total)} of RAM ({_largest_parts(found.ram)}) and "
+            f"{size(there.ram + resident_bytes())} can be had: {_advice(run, work, found, there)}"
+        )
+    if found.vram is not None and there.vram is not None and found.vram.total > there.vram:
+        memory.append(
+            f"{run.device} has {size(there.vram)} free and the run needs {size(found.vram.total)} "
+            f"({_largest_parts(found.vram)}): {_advice(run, work, found, there)}"
+        )
+    needed = found.disk.total - min(existing, found.disk.work)
+    if there.disk is not None and needed > there.disk:
+        disk.append(
+            f"the output's disk has {size(there.disk)} free and the run writes {size(needed)} (result "
+            f"{size(sum(found.disk.output.values()))}, work folder {size(found.disk.work)}, activations "
+            f"{size(found.disk.spill)}): make room or choose another output folder"
+        )
+    return memory, disk
+
+
+def _largest_parts(memory) -> str:
+    parts = {k: v for k, v in dataclasses.asdict(memory).items() if isinstance(v, int) and v}
+    largest = sorted(parts, key=parts.__getitem__, reverse=True)[:3]
+    return ", ".join(f"{name} {size(parts[name])}" for name in largest) + f", while {memory.stage}"
+
+
+def _advice(run: Compressor, work: Workload, found: Estimate, there: Resources) -> str:
+    """The mildest change of settings with which the run fits."""
+    largest = max(found.disk.output.values(), default=0)
+    for words, changed in _lighter(work):
+        other = estimate(changed, {"": largest}, resident_bytes(), run.activation_budget)
+        if other.ram.total - resident_bytes() <= (there.ram or 0) and _fits_device(other, there):
+            return f"with {words} it fits"
+    return "no setting makes it fit, so it needs a machine with more memory"
+
+
+def _fits_device(found: Estimate, there: Resources) -> bool:
+    return found.vram is None or there.vram is None or found.vram.total <= there.vram
+
+
+def _lighter(work: Workload):
+    """Settings that need less memory, the mildest first."""
+    if work.needs_data:
+        for length in (1024, 512, 256):
+            if length < work.length:
+                micro = max(1, work.micro * length // work.length) if work.device.type != "cpu" else work.micro
+                yield f"seqlen={length}", dataclasses.replace(work, length=length, micro=micro)
+        short = dataclasses.replace(work, length=min(work.length, 512), micro=min(work.micro, 512))
+        yield "seqlen=512 and batch_size=1", short
+    if work.tune.iters:
+        yield "iters=0", dataclasses.replace(work, tune=dataclasses.replace(work.tune, iters=0))
+    if work.needs_data:
+        plain = dataclasses.replace(work.tune, iters=0, search=False)
+        yield "iters=0 and disable_opt_rtn", dataclasses.replace(work, tune=plain, needs_data=False)

@@ -1,0 +1,239 @@
+"""How fast this machine is at what a run does: a few matrix products, attention, and quantizing slices of the layers.
+
+Nothing is cached: a machine that is busy now is slow now. Samples are small, so that measuring takes a second or so
+and less memory than the run; what a sample takes is scaled by tokens or weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from auto_round.data_type import data_type
+from auto_round.data_type.base import QuantizedTensor, WeightTask
+from auto_round.formats.packing import pack_bits, unpack_bits
+from auto_round.schemes import TensorSpec
+
+SAMPLE_WEIGHTS = 1 << 19  # elements of a weight whose scales are searched: more are searched piece by piece
+STEP_WEIGHTS = 1 << 21  # elements of a weight that takes a step: beyond a CPU's cache, as a layer is
+WIDEST, HEADS, ROWS = 4096, 4, 512  # channels, heads and tokens that are tried
+PRODUCT = 2e10  # multiplications and additions of a sampled matrix product
+ENOUGH = 0.2  # seconds after which a measurement is not repeated
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What layers of equal cost share. spec: None for a layer that stays as it is. rows: tokens that come at once."""
+
+    out_features: int
+    in_features: int
+    spec: TensorSpec | None
+    rows: int
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """Seconds for each token (forward, backward) and for each weight.
+
+    read: its code unpacked and made a float again. tune: one step of tuning.
+    """
+
+    forward: float
+    backward: float
+    quantize: float
+    read: float
+    tune: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A machine's speed. glue, glue_back: seconds for each token of what lies between a block's layers."""
+
+    layers: Mapping[LayerShape, LayerSpeed]
+    glue: float
+    glue_back: float
+    write: float  # seconds for each byte that is copied and hashed
+
+
+@dataclass(frozen=True)
+class Glue:
+    """What a block does beside its layers: attention of `heads` over `length` tokens, norms, products of channels."""
+
+    hidden: int
+    channels: int  # outputs of all layers that a token passes
+    heads: int
+    head_dim: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how blocks compute. search, tune: whether scales are searched, rounding is tuned."""
+
+    device: torch.device
+    dtype: torch.dtype
+    amp: Callable[[], AbstractContextManager]
+    search: bool
+    tune: bool
+
+    def random(self, *shape: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(*shape, generator=generator).mul_(0.02).to(self.device, self.dtype)
+
+
+def measure(shapes: Iterable[LayerShape], glue: Glue, setting: Setting) -> Speed:
+    """Try every shape. The random numbers of the run stay as they are."""
+    layers = {shape: _layer(shape, setting) for shape in shapes}
+    forward, backward = _glue(glue, setting)
+    return Speed(layers, forward, backward, _write())
+
+
+def _layer(shape: LayerShape, setting: Setting) -> LayerSpeed:
+    forward, backward = _product(shape, setting)
+    if shape.spec is None:
+        return LayerSpeed(forward, backward, 0.0, 0.0, 0.0)
+    family = data_type(shape.spec.data_type)
+    task = _sample(shape, SAMPLE_WEIGHTS, setting)
+    quantize = best(lambda: family.quantize(task), setting.device) / task.weight.numel()
+    wide = dataclasses.replace(_sample(shape, STEP_WEIGHTS, setting), search=False)
+    read = _reading(family.quantize(wide)) / wide.weight.numel()
+    if not setting.tune:
+        return LayerSpeed(forward, backward, quantize, read, 0.0)
+    tune = _tuning_step(family.tunable(wide), setting) / wide.weight.numel()
+    return LayerSpeed(forward, backward, quantize, read, tune)
+
+
+def _reading(tensor: QuantizedTensor) -> float:
+    """As the work folder and the result are read."""
+    codes = tensor.codes.cpu()
+    codes = (codes if codes.dtype == torch.uint8 else codes.view(torch.uint8)).contiguous()
+    packed = pack_bits(codes, tensor.spec.bits, dim=1)
+    unpacking = best(lambda: unpack_bits(packed, tensor.spec.bits, dim=1), torch.device("cpu"))
+    return unpacking + best(tensor.dequantize, tensor.codes.device)
+
+
+def _sample(shape: LayerShape, most: int, setting: Setting) -> WeightTask:
+    """The first rows of a layer of that shape; whole blocks of them, as formats with blocks of rows need."""
+    rows = min(shape.out_features, max(128, most // shape.in_features // 128 * 128))
+    weight = setting.random(rows, shape.in_features)
+    return WeightTask(weight, shape.spec, weight.float().square().mean(0), setting.search)
+
+
+def _product(shape: LayerShape, setting: Setting) -> tuple[float, float]:
+    """Seconds for each token of a layer's forward, and of its backward to weights and inputs."""
+    columns = max(32, min(shape.out_features, int(PRODUCT / (2 * shape.rows * shape.in_features))))
+    columns = min(columns, shape.out_features)
+    x = setting.random(shape.rows, shape.in_features)
+    weight = setting.random(columns, shape.in_features)
+    scale = shape.out_features / columns / shape.rows
+
+    ahead, back = _there_and_back(lambda: functional.linear(x, weight), [x, weight], setting)
+    return ahead * scale, back * scale
+
+
+def _tuning_step(tunable, setting: Setting) -> float:
+    """One step: quantize and dequantize with gradients, then momentum and a signed step."""
+    momentum = [torch.zeros_like(parameter) for parameter in tunable.parameters.values()]
+
+    def step() -> None:
+        quantized = tunable.fake_quantize(setting.dtype)
+        torch.autograd.backward(quantized, torch.ones_like(quantized))
+        with torch.no_grad():
+            for parameter, kept in zip(tunable.parameters.values(), momentum, strict=True):
+                gradient = kept.mul_(0.5).add_(parameter.grad)
+                parameter.sub_(gradient.sign(), alpha=1e-4)
+                parameter.grad = None
+
+    return best(step, setting.device)
+
+
+def _glue(glue: Glue, setting: Setting) -> tuple[float, float]:
+    """Seconds for each token, there and back: two norms with their sums, a product over the channels, attention.
+
+    Parts of them are tried: time grows with the channels and heads in proportion.
+    """
+    hidden, channels, heads = min(glue.hidden, WIDEST), min(glue.channels, WIDEST), min(glue.heads, HEADS)
+    rows = min(glue.length, ROWS)
+    states = setting.random(rows, hidden)
+    wide = setting.random(rows, max(2, channels // 2 * 2))
+    parts = [
+        (lambda: _norms(states), [states], glue.hidden / hidden / rows),
+        (lambda: functional.silu(wide[:, ::2]) * wide[:, 1::2], [wide], glue.channels / channels / rows),
+    ]
+    if glue.heads:
+        query, value = (setting.random(1, heads, glue.length, max(glue.head_dim, 8)) for _ in range(2))
+        attention = functional.scaled_dot_product_attention
+        scale = glue.heads / heads / glue.length
+        parts.append((lambda: attention(query * value, query + value, value, is_causal=True), [query, value], scale))
+    timed = [_there_and_back(action, inputs, setting) for action, inputs, _ in parts]
+    scales = [scale for _, _, scale in parts]
+    return tuple(sum(pair[i] * scale for pair, scale in zip(timed, scales, strict=True)) for i in (0, 1))
+
+
+def _norms(states: torch.Tensor) -> torch.Tensor:
+    for _ in range(2):
+        wide = states.float()
+        states = states + (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(states.dtype)
+    return states
+
+
+def _there_and_back(
+    action: Callable[[], torch.Tensor], inputs: list[torch.Tensor], setting: Setting
+) -> tuple[float, float]:
+    """Seconds of a forward, and of its backward (0 where nothing is tuned)."""
+
+    def forward() -> torch.Tensor:
+        with setting.amp():
+            return action()
+
+    with torch.no_grad():
+        ahead = best(forward, setting.device)
+    if not setting.tune:
+        return ahead, 0.0
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def both() -> None:
+        output = forward()
+        torch.autograd.backward(output, torch.ones_like(output))
+        for tensor in inputs:
+            tensor.grad = None
+
+    return ahead, max(best(both, setting.device) - ahead, ahead)
+
+
+def _write() -> float:
+    """Seconds for each byte: two hashes (of the codes, of the files) and a copy."""
+    import hashlib
+
+    data = bytes(1 << 22)
+    return best(lambda: (hashlib.sha256(data), hashlib.sha256(data), bytearray(data)), torch.device("cpu")) / len(data)
+
+
+def best(action: Callable[[], object], device: torch.device) -> float:
+    """Shortest of a few runs, in seconds; the first one warms up and is not counted unless it takes long."""
+    shortest, spent = math.inf, 0.0
+    for turn in range(REPEATS + 1):
+        began = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - began
+        spent += took
+        if turn or took > ENOUGH:
+            shortest = min(shortest, took)
+        if spent > ENOUGH and shortest < math.inf:
+            break
+    return shortest
