@@ -84,6 +84,9 @@ class QuantizationScheme:
     def __post_init__(self) -> None:
         if not _is_int(self.bits) or not (2 <= self.bits <= 8 or self.bits in (16, 32)):
             raise SchemeError(f"bits={self.bits!r} is not supported: use 2 to 8, or 16 to keep full precision")
+        for name in ("data_type", "act_data_type"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise SchemeError(f"{name}={getattr(self, name)!r} must be a name such as int or mx_fp")
         object.__setattr__(self, "group_size", _group_size(self.group_size, self.data_type))
         if not isinstance(self.sym, bool):
             raise SchemeError(f"sym={self.sym!r} must be True or False")

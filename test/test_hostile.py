@@ -144,6 +144,24 @@ def header_of(length: int) -> Callable[[Path], None]:
     return damage
 
 
+def entries(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """A damage that works on the header of the file."""
+
+    def damage(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        raw = file.read_bytes()
+        length = struct.unpack("<Q", raw[:8])[0]
+        header = json.loads(raw[8 : 8 + length])
+        text = change(header) or json.dumps(header)
+        file.write_bytes(struct.pack("<Q", len(text)) + text.encode() + raw[8 + length :])
+
+    return damage
+
+
+def entry(**changes: Any) -> Callable[[Path], None]:
+    return entries(lambda header: header["model.norm.weight"].update(changes))
+
+
 def indexed(shard: str, also: dict[str, str] | None = None) -> Callable[[Path], None]:
     """Give the file another name, and an index that says where tensors are."""
 
@@ -163,6 +181,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str, bool]] = {
     "truncated": (truncated, rf"{FILE} is truncated.*download it again", True),
     "huge header": (header_of(1 << 62), rf"{FILE} is truncated or no safetensors file", True),
     "large header": (header_of(99_000_000), rf"{FILE} is truncated or no safetensors file", True),
+    "header of one name twice": (
+        entries(lambda header: '{"x": 1, "x": 2, ' + json.dumps(header)[1:]),
+        rf"{FILE}: unreadable safetensors header \(a name is there twice",
+        True,
+    ),
+    "header a list": (entries(lambda header: json.dumps([header])), rf"{FILE}: its safetensors header is no map", True),
+    "header deep": (entries(lambda header: "[" * 10**5 + "]" * 10**5), rf"{FILE}: unreadable safetensors header", True),
+    "shared bytes": (
+        entries(lambda header: header.update({f"x{n}": header["model.norm.weight"] for n in range(3)})),
+        rf"{FILE}: '.*' and '.*' share bytes",
+        True,
+    ),
+    "negative offset": (entry(data_offsets=[-512, 0]), rf"{FILE}: .* has sizes that no file has", True),
+    "offsets of floats": (entry(data_offsets=[0.0, 512.0]), rf"{FILE}: .* has sizes that no file has", True),
+    "sizes that overflow": (entry(shape=[2**32, 2**32, 0]), rf"{FILE}: .* does not fill its", True),
+    "larger than the file": (
+        entry(shape=[2**40], data_offsets=[0, 2**42]),
+        rf"{FILE} is truncated: 'model\.norm\.weight' ends at byte",
+        True,
+    ),
+    "unknown dtype": (entry(dtype="F5"), rf"{FILE}: the header entry of .* cannot be read", True),
     "shard outside": (indexed("../../one.safetensors"), r"shard outside its folder: '\.\./\.\./one", True),
     "shard of a root": (indexed("/etc/one.safetensors"), "shard outside its folder", True),
     "shard missing": (indexed("one.safetensors", {"x": "two.safetensors"}), r"shard two\.safetensors .* missing", True),

@@ -605,7 +605,7 @@ def test_unknown_methods(tmp_path):
         open_checkpoint(small(tmp_path), compressed_config("nvfp4-e5m3-pack-quantized", args))
     with pytest.raises(CheckpointError, match="'a' is quantized, but by no group"):
         open_checkpoint(small(tmp_path), {"quant_method": "compressed-tensors", "config_groups": {}})
-    with pytest.raises(CheckpointError, match=r"quantization_config cannot be read \(KeyError\('block_structure'\)\)"):
+    with pytest.raises(CheckpointError, match=r"quantization_config of .* \(KeyError: 'block_structure'\)"):
         open_checkpoint(small(tmp_path), compressed_config(form, {"strategy": "block"}))
 
 

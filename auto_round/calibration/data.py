@@ -26,6 +26,7 @@ from auto_round.calibration.hub import (
     open_source,
     parse_sources,
 )
+from auto_round.modeling.reading import reading
 
 __all__ = [
     "CalibrationData",
@@ -168,16 +169,18 @@ class _Encoder:
         """Token ids of a record, closed so that another may follow; empty when it holds no text."""
         if self.apply_chat_template:
             # A chat template writes its own begin and end marks, so none are added around it.
-            return self._tokenize(self._render(where, record), add_special_tokens=False)
-        ids = self._tokenize(_record_text(where, record), add_special_tokens=True)
+            return self._tokenize(where, self._render(where, record), add_special_tokens=False)
+        ids = self._tokenize(where, _record_text(where, record), add_special_tokens=True)
         eos = getattr(self.tokenizer, "eos_token_id", None)
         return [*ids, eos] if ids and eos is not None and ids[-1] != eos else ids
 
-    def _tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, where: str, text: str, add_special_tokens: bool) -> list[int]:
         if not text.strip():
             return []
-        # verbose=False: documents longer than the model's context are expected here, they are cut when packed.
-        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+        # A tokenizer's expressions and tables come from a file, which may be damaged.
+        with reading(f"the tokenizer, on {where},", "check the files of the tokenizer"):
+            # verbose=False: documents longer than the model's context are expected here, they are cut when packed.
+            return list(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
     def _render(self, where: str, record: Any) -> str:
         messages = _record_messages(where, record)
@@ -225,7 +228,7 @@ def normal_messages(where: str, messages: Any) -> list[dict[str, Any]]:
     for message in messages if isinstance(messages, (list, tuple)) else [None]:
         role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
         content = message.get("content", message.get("value")) if isinstance(message, Mapping) else None
-        if role is None or content is None:
+        if not isinstance(role, str) or content is None:
             raise CalibrationDataError(f'{where} has a message without "role" and "content"; give both.')
         normal.append({**message, "role": ROLES.get(role, role), "content": content})
     return normal

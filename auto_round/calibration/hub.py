@@ -237,11 +237,22 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _parse_line(raw: bytes, where: str) -> Any:
     try:
-        return json.loads(_decode(raw, where))
+        return _parse(raw, where)
     except json.JSONDecodeError as error:
         raise CalibrationDataError(
             f"{where} is not valid JSON ({error.msg} at column {error.colno}); a .jsonl file needs one record per line."
         ) from error
+
+
+def _parse(raw: bytes, where: str) -> Any:
+    """JSON; a JSONDecodeError is left to those who know what the file should have been."""
+    text = _decode(raw, where)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or a thousand brackets
+        raise CalibrationDataError(f"{where} cannot be read ({error}); give records of text.") from error
 
 
 def jsonl_records(path: Path, seed: int) -> Iterator[Record]:
@@ -267,7 +278,7 @@ def jsonl_records(path: Path, seed: int) -> Iterator[Record]:
 def json_records(path: Path, seed: int) -> Iterator[Record]:
     """Records of a .json file: a list of records or strings, one record, or columns like {"text": [...]}."""
     try:
-        data = json.loads(_decode(path.read_bytes(), str(path)))
+        data = _parse(path.read_bytes(), str(path))
     except json.JSONDecodeError as error:
         raise CalibrationDataError(
             f"{path} line {error.lineno} is not valid JSON ({error.msg}); "

@@ -16,6 +16,7 @@ import torch
 from auto_round.calibration.data import Sample
 from auto_round.calibration.hub import CalibrationDataError
 from auto_round.calibration.media import EXTRAS, KINDS, Message, missing_extra, sampling_rate
+from auto_round.modeling.reading import UNTRUSTED, CheckpointError
 
 _MEDIA_TOKEN = re.compile(r"image|img|pixel|vision|video|audio|speech|\b(boi|eoi|boa|eoa)_|media", re.IGNORECASE)
 
@@ -123,6 +124,7 @@ def load_processor(directory: str | os.PathLike[str], trust_remote_code: bool = 
 
     Raises:
         MissingExtraError: it needs a library for images or audio that is not installed.
+        CheckpointError: it needs code that is not trusted.
         CalibrationDataError: it cannot be loaded, or takes no text.
     """
     folder = Path(directory)
@@ -135,6 +137,8 @@ def load_processor(directory: str | os.PathLike[str], trust_remote_code: bool = 
     try:
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # Transformers raises ImportError, AttributeError or ValueError for a missing library
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"the processor of {folder} {UNTRUSTED}") from error
         vision = any(re.search(r'image_|video_|"size"', file.read_text(encoding="utf-8")) for file in files)
         absent = [module for module in EXTRAS["vision"] if importlib.util.find_spec(module) is None]
         if isinstance(error, ImportError) or (vision and absent):

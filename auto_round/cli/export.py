@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from auto_round.cli.parser import Parser, UsageError, add_debug
+from auto_round.cli.parser import Parser, UsageError, add_debug, add_trust
 
 ABOUT = """Write an earlier run in another format: auto-round export WORK --format fake --output_dir OUT
 
@@ -18,6 +17,7 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--format", "--formats", default="auto_round", help="`auto-round list formats` shows them")
     parser.add_argument("--output_dir", help="the folder to write")
     parser.add_argument("--model", help="the original's folder, if it has moved since the run")
+    add_trust(parser)
     add_debug(parser)
     options = parser.parse(arguments)
     if options.work is None or options.output_dir is None:
@@ -27,7 +27,8 @@ def run(arguments: list[str]) -> int:
     from auto_round.cli.summary import print_pairs
     from auto_round.compressors.again import export_work
 
-    folder = export_work(work, options.format, options.output_dir, model=options.model)
+    trusted = options.trust_remote_code
+    folder = export_work(work, options.format, options.output_dir, model=options.model, trust_remote_code=trusted)
     print_pairs("Exported", [("format", options.format), ("files", str(folder))])
     return 0
 
@@ -42,7 +43,9 @@ def find_work(folder: Path) -> Path:
         return folder
     report = folder / "report.json"
     if report.is_file():
-        work = Path(json.loads(report.read_text(encoding="utf-8")).get("work_folder") or "")
+        from auto_round.modeling.reading import read_json
+
+        work = Path(str(read_json(report).get("work_folder") or ""))
         if (work / "run.json").is_file():
             return work
         raise UsageError(f"the work folder of {folder} is gone: run the quantization again with the new --format")

@@ -79,7 +79,7 @@ def _load(source_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source_dir)
+        return AutoTokenizer.from_pretrained(source_dir, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         logger.warning("the tokenizer of %s cannot be loaded: %s", source_dir, error)
         return None

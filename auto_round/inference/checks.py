@@ -6,7 +6,6 @@ look at the configuration and at the headers of the files first, so that an erro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,12 +19,14 @@ from auto_round.formats.float_layouts import AUTO_ROUND_PACKINGS
 from auto_round.formats.packing import AUTO_AWQ, AUTO_GPTQ, GPTQMODEL, PACKINGS, normalize_packing, packed_shapes
 from auto_round.inference.backends.packed import PackedLinear
 from auto_round.inference.backends.torch import QuantLinear
-from auto_round.modeling.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_header
+from auto_round.modeling.checkpoint import Checkpoint, CheckpointError, TensorEntry, read_header, read_index
+from auto_round.modeling.reading import AGAIN as _AGAIN
+from auto_round.modeling.reading import kind_of as _kind
+from auto_round.modeling.reading import read_json
 from auto_round.utils.patterns import Patterns, is_expression
 
 METHODS = ("auto-round", "gptq", "awq")
 _GPTQ_FORMATS = {"gptq": AUTO_GPTQ, "gptq_v2": GPTQMODEL}
-_AGAIN = "download the model again, or export it again"
 _CODES = {torch.int32}
 _DTYPES = {
     "qweight": _CODES,
@@ -119,10 +120,6 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, (list, tuple)) and all(map(_are_names, value)))
 
 
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} ({str(value)[:40]})"
-
-
 # ---- files, before they are read --------------------------------------------------------------------------------
 
 
@@ -139,7 +136,7 @@ def stored_entries(folder: Path) -> Mapping[str, TensorEntry]:
     if not index.is_file():
         return {}
     entries = Checkpoint(folder).entries
-    for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+    for name, file in read_index(folder).items():
         if name not in entries or entries[name].file.name != file:
             raise CheckpointError(f"{index} says that {file} holds {name!r}, and it does not: {_AGAIN}")
     return entries
@@ -281,17 +278,6 @@ def loadable_config(folder: Path) -> dict[str, Any] | None:
     if isinstance(found.get("version"), str):
         found["version"] = found["version"].lower()
     return found or None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The settings in a file. Raises CheckpointError where it holds none."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): {_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds {_kind(value)}, not settings: {_AGAIN}")
-    return value
 
 
 # ---- the model, after its weights were read ---------------------------------------------------------------------

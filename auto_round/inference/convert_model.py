@@ -36,6 +36,7 @@ from auto_round.inference.checks import (
 )
 from auto_round.logger import logger
 from auto_round.modeling.fused_moe.replace_modules import apply_replacements
+from auto_round.modeling.reading import reading
 from auto_round.schemes import FIELD_NAMES, QuantizationScheme, SchemeError
 from auto_round.utils.common import is_supported_layer, is_transposed
 from auto_round.utils.model import get_block_names, get_lm_head_name, tied_layers
@@ -73,9 +74,15 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     """Replace the quantized layers of an empty model, in place; returns it and the backends in use.
 
     Raises:
-        ValueError: a scheme, packing or backend that cannot be served; the message names the layer and the reasons.
-        CheckpointError: files that are damaged, or are not what the configuration says; the message names the tensor.
+        CheckpointError: a scheme, packing or backend that cannot be served, by layer and with the reasons; or files
+            that are damaged, or are not what the configuration says, by tensor.
     """
+    folder = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    with reading(f"{folder}: quantization_config of config.json"):
+        return _convert(model, target_device)
+
+
+def _convert(model: nn.Module, target_device: str) -> tuple[nn.Module, list[str]]:
     settings = _settings(model.config.quantization_config)
     check_config(settings)
     packing = packing_of(settings)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from auto_round.inference.checks import METHODS, check_config, loadable_config
+from auto_round.inference.checks import METHODS, check_config, loadable_config, stored_entries
+from auto_round.modeling.checkpoint import Checkpoint
+from auto_round.modeling.reading import reading
 from auto_round.special_model_handler import _handle_special_model
-from auto_round.utils.model import model_class, only_gguf
+from auto_round.utils.model import model_class, only_gguf, read_config
 
 
 def load_model(directory: str | Path, trust_remote_code: bool = False, **options: Any) -> nn.Module:
@@ -23,13 +25,23 @@ def load_model(directory: str | Path, trust_remote_code: bool = False, **options
     """
     from transformers import AutoConfig, AutoRoundConfig
 
-    source = only_gguf(directory)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **source)
-    options = {"dtype": None if source else "auto", "trust_remote_code": trust_remote_code, **source, **options}
-    stored = None if source else loadable_config(Path(directory))
+    directory = Path(directory)
+    if source := only_gguf(directory):
+        with reading(directory / source["gguf_file"], keep=(ImportError,)):
+            config = AutoConfig.from_pretrained(directory, **source)
+            model = model_class(config).from_pretrained(directory, **{"dtype": None, **source, **options})
+        return _handle_special_model(model.eval())
+    config = read_config(directory, trust_remote_code)
+    # Headers that lie, pickles, and shards elsewhere are refused before anything is read.
+    stored_entries(directory) or Checkpoint(directory)
+    options = {"dtype": "auto", "trust_remote_code": trust_remote_code, "use_safetensors": True, **options}
+    stored = loadable_config(directory)
     if stored is not None and stored.get("quant_method") in METHODS:
-        check_config(stored)
+        with reading(f"{directory}: quantization_config of config.json"):
+            check_config(stored)
         if stored["quant_method"] in ("gptq", "awq"):  # for which Transformers would ask for other packages
             config.quantization_config = stored
             options = {"config": config, "quantization_config": AutoRoundConfig(), **options}
-    return _handle_special_model(model_class(config).from_pretrained(directory, **options).eval())
+    with reading(f"the model in {directory}", keep=(ImportError,)):
+        model = model_class(config).from_pretrained(directory, **options)
+    return _handle_special_model(model.eval())

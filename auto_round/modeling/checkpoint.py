@@ -10,8 +10,10 @@ sizes before anything is trusted, so that a truncated shard is reported by name 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +21,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+
+from auto_round.modeling.reading import CheckpointError, read_json, stays_inside
+
+__all__ = ["Checkpoint", "CheckpointError", "DequantizedCheckpoint", "TensorEntry", "read_header"]
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors specification
+MAX_OFFSET = 1 << 62  # what 64-bit sizes can be added up to
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -41,8 +48,8 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-class CheckpointError(ValueError):
-    """A model directory that cannot be read; the message names the file and what to do."""
+SAMPLE = 256  # bytes, at two places of each tensor, that tell whether it is still the same
+_CHANGED = "put the model's files back, or start again with the new ones; blocks finished before are kept"
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ class Checkpoint:
     def __init__(self, directory: str | Path, headers_only: bool = False):
         self.directory = Path(directory)
         self.entries: dict[str, TensorEntry] = {}
+        self._seen: dict[TensorEntry, bytes] = {}  # a few bytes of each tensor, as they were when it was first read
         for file in _shards(self.directory):
             for name, entry in read_header(file, headers_only).items():
                 if name in self.entries:
@@ -96,25 +104,48 @@ class Checkpoint:
             by_file.setdefault(self.entries[name].file, []).append(name)
         tensors = {}
         for file, wanted in by_file.items():
-            with safe_open(file, framework="pt") as handle:
-                for name in wanted:
-                    tensors[name] = handle.get_tensor(name)
+            self._check_unchanged(file, [self.entries[name] for name in wanted])
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for name in wanted:
+                        tensors[name] = handle.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read any more ({error}): {_CHANGED}") from error
         return tensors
 
     def read_one(self, name: str) -> torch.Tensor:
         return self.read([name])[name]
 
+    def _check_unchanged(self, file: Path, entries: Iterable[TensorEntry]) -> list[bytes]:
+        """A few bytes of each tensor of a file, which must be those that were there before.
+
+        Raises:
+            CheckpointError: they are not; names the file.
+        """
+        samples = []
+        try:
+            with open(file, "rb", buffering=0) as handle:
+                for entry in entries:
+                    places = (entry.begin + max(0, entry.nbytes - SAMPLE) * part // 3 for part in (1, 2))
+                    read = [os.pread(handle.fileno(), min(SAMPLE, entry.nbytes), place) for place in places]
+                    samples.append(hashlib.blake2b(b"".join(read), digest_size=16).digest())
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read any more ({error}): {_CHANGED}") from error
+        for entry, sample in zip(entries, samples, strict=True):
+            if self._seen.setdefault(entry, sample) != sample:
+                raise CheckpointError(f"{file} changed while it was read: {_CHANGED}")
+        return samples
+
     def fingerprint(self) -> str:
-        """Hash of what identifies the weights without reading them all: names, layout, sizes, and sampled bytes."""
+        """Hash of what identifies the weights without reading them all: names, layout, and bytes of every tensor."""
         digest = hashlib.sha256()
-        for file in sorted({entry.file for entry in self.entries.values()}):
-            digest.update(f"{file.name}:{file.stat().st_size}".encode())
-            with open(file, "rb") as handle:
-                handle.seek(0)
-                digest.update(handle.read(65536))
-                for part in range(1, 9):
-                    handle.seek(file.stat().st_size * part // 9)
-                    digest.update(handle.read(4096))
+        by_file: dict[Path, list[tuple[str, TensorEntry]]] = {}
+        for name, entry in sorted(self.entries.items()):
+            by_file.setdefault(entry.file, []).append((name, entry))
+        for file, found in sorted(by_file.items()):
+            samples = self._check_unchanged(file, [entry for _, entry in found])
+            for (name, entry), sample in zip(found, samples, strict=True):
+                digest.update(f"{file.name}:{name}:{entry.shape}:{entry.dtype}:{entry.begin}".encode() + sample)
         return digest.hexdigest()
 
 
@@ -189,17 +220,15 @@ def _shards(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory} is not a directory: give a model folder or a hub id")
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{index} is not a valid index ({error}): download it again") from error
-        files = sorted({_inside(directory, name, index) for name in weight_map.values()})
+        files = sorted({_inside(directory, name, index) for name in read_index(directory).values()})
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise CheckpointError(
                 f"{directory}: shard {missing[0]} named by {index.name} is missing: download it again"
             )
-        return files
+        if files:
+            return files
+        raise CheckpointError(f"{index} names no shards: download it again")
     files = sorted(directory.glob("*.safetensors"))
     if files:
         return files
@@ -213,6 +242,21 @@ def _shards(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory} holds no *.safetensors weights")
 
 
+def read_index(directory: Path) -> dict[str, str]:
+    """Tensor → name of the shard that holds it, from the index of a folder of shards.
+
+    Raises:
+        CheckpointError: it is none, or names a shard outside the folder.
+    """
+    index = directory / "model.safetensors.index.json"
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{index} is not a valid index (it has no weight_map of names): download it again")
+    for name in found.values():
+        _inside(directory, name, index)
+    return found
+
+
 def _inside(directory: Path, name: Any, index: Path) -> Path:
     if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
         raise CheckpointError(f"{index} names a shard outside its folder: {name!r}")
@@ -223,17 +267,21 @@ def read_header(file: Path, headers_only: bool = False) -> dict[str, TensorEntry
     """Names, shapes, dtypes and byte ranges of a safetensors file, checked against its size.
 
     headers_only: the file may end after the header.
+
+    Raises:
+        CheckpointError: the file is truncated, no safetensors, lies outside its folder, or has a header that lies.
     """
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file: download it again")
+    if not stays_inside(file, file.parent):
+        raise CheckpointError(f"{file} is a link out of its folder, to {file.resolve()}: put the file itself there")
     size = file.stat().st_size
     with open(file, "rb") as handle:
         start = handle.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise CheckpointError(f"{file} is truncated or no safetensors file ({size} bytes): download it again")
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: unreadable safetensors header ({error}): download it again") from error
+        header = _parse(file, handle.read(length))
     header.pop("__metadata__", None)
     entries = {}
     for name, info in header.items():
@@ -243,18 +291,43 @@ def read_header(file: Path, headers_only: bool = False) -> dict[str, TensorEntry
                 f"{file} is truncated: {name!r} ends at byte {entry.end}, the file at {size}: download it again"
             )
         entries[name] = entry
+    _check_apart(file, entries)
     return entries
 
 
-def _entry(file: Path, name: str, info: dict[str, Any], base: int) -> TensorEntry:
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
     try:
-        dtype, shape = DTYPES[info["dtype"]], tuple(int(size) for size in info["shape"])
-        begin, end = (int(offset) for offset in info["data_offsets"])
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: unreadable safetensors header ({error}): download it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its safetensors header is no mapping: download it again")
+    return header
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping; two readers may take different ones of two equal names, so there must be none."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice")
+    return found
+
+
+def _entry(file: Path, name: str, info: Any, base: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = DTYPES[info["dtype"]], tuple(info["shape"]), info["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the header entry of {name!r} cannot be read ({error!r})") from error
-    count = 1
-    for size in shape:
-        count *= size
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != count * dtype.itemsize:
+    if any(type(number) is not int or not 0 <= number < MAX_OFFSET for number in (*shape, begin, end)):
+        raise CheckpointError(f"{file}: the header entry of {name!r} has sizes that no file has: {str(info)[:200]}")
+    if end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{file}: {name!r} of shape {shape} does not fill its {end - begin} bytes")
     return TensorEntry(file, shape, dtype, base + begin, base + end)
+
+
+def _check_apart(file: Path, entries: Mapping[str, TensorEntry]) -> None:
+    """No two tensors share bytes: a header of a few kilobytes would stand for more memory than the file has."""
+    filled = sorted((entry.begin, entry.end, name) for name, entry in entries.items() if entry.nbytes)
+    for (_, end, one), (begin, _, other) in itertools.pairwise(filled):
+        if begin < end:
+            raise CheckpointError(f"{file}: {one!r} and {other!r} share bytes: download it again")

@@ -66,7 +66,9 @@ def _open(directory: Path, trust: bool, dtype: torch.dtype | None, device: torch
     config = load_config(directory, trust)
     try:
         checkpoint = open_source(directory, dtype, headers_only=True)
-    except SafetensorError as error:
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, SafetensorError):
+            raise
         raise CheckpointError(
             f"{directory}: the shapes of its quantized weights are stored among the weights, and only headers are "
             f"there ({error}): give a folder that holds the whole model"

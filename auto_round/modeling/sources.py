@@ -21,6 +21,7 @@ import torch
 
 from auto_round.formats.packing import unpack_bits
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError, DequantizedCheckpoint, TensorEntry
+from auto_round.modeling.reading import reading
 from auto_round.utils.patterns import match
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
@@ -397,8 +398,6 @@ def open_checkpoint(
     if method not in READERS:
         problem = f"is quantized by {method!r}, which is not understood ({', '.join(READERS)} are)"
         raise CheckpointError(f"{directory} {problem}: give the original")
-    try:
+    with reading(f"{directory}: quantization_config of config.json"):
         weights = {weight.name: weight for weight in READERS[method](source, quantization_config)}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory}: config.json's quantization_config cannot be read ({error!r})") from error
     return DequantizedCheckpoint(source, weights, _dropped(source, weights), dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,8 +13,10 @@ from torch import nn
 
 from auto_round.modeling.blocks import get_block_names as get_block_names  # part of this module's interface
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.modeling.reading import AGAIN, check_links, kind_of, read_json, reading
 from auto_round.modeling.sources import open_checkpoint
 from auto_round.modeling.streaming import StreamedModel
+from auto_round.modeling.trust import LimitedTensors, check_sizes, check_trusted
 from auto_round.plan import MIN_COVERAGE, LayerInfo, PlanError, match_layers
 from auto_round.utils.common import is_supported_layer, is_transposed
 
@@ -26,6 +27,7 @@ _TABLES = {  # of text-generating classes, in the order in which they are looked
     "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING": "AutoModelForSeq2SeqLM",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING": "AutoModelForSpeechSeq2Seq",
 }
+CONFIG_REMEDY = "correct config.json, download it again, or update Transformers"
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "image_token_id", "image_token_index", "visual", "thinker_config")
 
 
@@ -37,7 +39,7 @@ def resolve_model_dir(model: str, trust_remote_code: bool = False) -> Path:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
+        return path.absolute()  # the program may change its directory during the run
     if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
         raise CheckpointError(f"the model folder {model} does not exist")
     from huggingface_hub import snapshot_download
@@ -54,28 +56,33 @@ def resolve_model_dir(model: str, trust_remote_code: bool = False) -> Path:
 
 
 def load_config(directory: Path, trust_remote_code: bool = False) -> Any:
-    """The model's configuration through Transformers, with one clear sentence for what can be wrong."""
+    """The model's configuration through Transformers, with one clear sentence for what can be wrong.
+
+    Raises:
+        CheckpointError: there is none, it cannot be used, or it needs code that is not trusted.
+    """
+    config = read_config(directory, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # the weights are read as floats, whatever they are stored in
+    return config
+
+
+def read_config(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The same with what it says of its quantization. Raises CheckpointError as `load_config` does."""
     from transformers import AutoConfig
 
     file = directory / "config.json"
     if not file.exists():
         raise CheckpointError(f"{directory} has no config.json: it is not a Transformers model folder")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error})") from error
-    if "auto_map" in raw and not trust_remote_code:
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-        if raw.get("model_type") not in CONFIG_MAPPING:
-            raise CheckpointError(
-                f"{directory} brings its own code (auto_map), which is not run unless you trust it: "
-                "read it, then pass trust_remote_code=True (--trust_remote_code)"
-            )
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config  # the weights are read as floats, whatever they are stored in
-    return config
+    raw = read_json(file)
+    check_sizes(file, raw)
+    classes = raw.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(f"{file}: architectures is {kind_of(classes)}, not a list of names: {CONFIG_REMEDY}")
+    if not trust_remote_code:
+        check_trusted(file, raw)
+    with reading(file, CONFIG_REMEDY, keep=(ImportError,)):
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
 def model_class(config: Any) -> Any:
@@ -92,7 +99,7 @@ def model_class(config: Any) -> Any:
     classes = [c for item in known for c in (item if isinstance(item, (tuple, list)) else [item])]
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or []]
     for wanted in named:
-        if wanted in classes or (wanted is not None and hasattr(wanted, "generate") and not classes):
+        if wanted in classes or (_is_model(wanted) and hasattr(wanted, "generate") and not classes):
             return wanted
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or not classes:
         if getattr(config, "auto_map", None):
@@ -102,6 +109,12 @@ def model_class(config: Any) -> Any:
             f"{config.model_type!r}: it may need a newer version, or the model's own code (trust_remote_code=True)"
         )
     return classes[0]
+
+
+def _is_model(found: Any) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(found, type) and issubclass(found, PreTrainedModel)
 
 
 def auto_class_name(config: Any) -> str:
@@ -119,8 +132,10 @@ def build_empty(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     from accelerate import init_empty_weights
 
     cls = model_class(config)
+    where = getattr(config, "_name_or_path", "") or config.model_type
     # Buffers are computed from the configuration, not stored, so they must be real; only parameters are left out.
-    with init_empty_weights(include_buffers=False):
+    naming = reading(f"the model of {where}/config.json", CONFIG_REMEDY, (ImportError,))
+    with naming, init_empty_weights(include_buffers=False), LimitedTensors():
         if hasattr(cls, "_from_config"):
             model = cls._from_config(config, dtype=dtype)
         else:
@@ -142,7 +157,11 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any | No
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model", "vocab.txt")
     if not source and not any((directory / name).exists() for name in names):
         return None
-    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **source)
+    with reading(f"the tokenizer of {directory}", keep=(ImportError,)):
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, **source)
+        if not isinstance(tokenizer.model_max_length, (int, float)):
+            raise ValueError(f"model_max_length is {kind_of(tokenizer.model_max_length)}, not a number")
+    return tokenizer
 
 
 def load_streamed(
@@ -164,8 +183,13 @@ def load_streamed(
 
 def open_source(directory: Path, dtype: torch.dtype | None = None, headers_only: bool = False) -> Checkpoint:
     """The weights of a model folder as floats, whatever they are stored in."""
-    raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    quantization = raw.get("quantization_config") or (raw.get("text_config") or {}).get("quantization_config")
+    check_links(directory)
+    file = directory / "config.json"
+    raw = read_json(file)
+    text = raw.get("text_config")
+    quantization = raw.get("quantization_config") or (text if isinstance(text, dict) else {}).get("quantization_config")
+    if quantization and not isinstance(quantization, dict):
+        raise CheckpointError(f"{file}: quantization_config is {kind_of(quantization)}, not settings: {AGAIN}")
     return open_checkpoint(directory, quantization, dtype or torch.bfloat16, headers_only)
 
 
@@ -194,11 +218,13 @@ def find_layers(
     model: nn.Module,
     stacks: Sequence[Sequence[str]],
     matrices: Callable[[list[str]], Collection[str]] = lambda names: names,
+    routers: Collection[str] | None = None,
 ) -> list[LayerInfo]:
     """Every layer that could be quantized, in the order of the module tree.
 
     matrices: given the names of large parameters that belong to no layer, those that are used as matrices; asked only
     where it decides whether enough of the blocks' weights can be quantized.
+    routers: what `find_routers` finds, where that is known.
 
     Raises:
         PlanError: the model has none, or blocks whose weights mostly sit outside such layers.
@@ -209,7 +235,7 @@ def find_layers(
     aliases = tied_layers(model)
     seen: dict[int, str] = {}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    routers = find_routers(model, blocks)
+    routers = find_routers(model, blocks) if routers is None else routers
     layers = []
     for name, module in model.named_modules():
         if not is_supported_layer(module) or id(module.weight) in seen or name in aliases:
@@ -285,15 +311,24 @@ def find_routers(model: nn.Module, blocks: Sequence[str]) -> set[str]:
     found: set[str] = set()
     for block in blocks:
         modules = list(model.get_submodule(block).named_modules(prefix=block))
+        sizes = {module: count for _, module in modules if (count := count_experts(module))}
+        inside: set[str] = set()  # a router, and whatever it lies in
         for name, module in reversed(modules):  # the innermost first: what stands around it chooses nothing
-            if any(router.startswith(f"{name}.") for router in found):
+            if name in inside:
                 continue
-            counts = {count for child in module.children() if (count := count_experts(child))}
-            deeper = {
-                count for child in module.children() for part in child.children() if (count := count_experts(part))
-            }
-            found.update(f"{name}.{path}" for path in _choosers(module, counts, deeper - counts))
+            counts = {sizes[child] for child in module.children() if child in sizes}
+            deeper = {sizes[part] for child in module.children() for part in child.children() if part in sizes}
+            for path in _choosers(module, counts, deeper - counts):
+                found.add(f"{name}.{path}")
+                inside.update(_prefixes(f"{name}.{path}"))
     return found
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """The names of what a module lies in."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def count_experts(module: nn.Module) -> int:
@@ -328,7 +363,7 @@ def _choosers(module: nn.Module, beside: set[int], deeper: set[int]) -> list[str
     return paths
 
 
-def _check_coverage(model, blocks: list[str], layers: list[LayerInfo], routers: set[str], matrices) -> None:
+def _check_coverage(model, blocks: list[str], layers: list[LayerInfo], routers, matrices) -> None:
     """Refuse a model whose block weights are mostly in parameters that no layer covers (fused experts and the like)."""
     covered = {f"{info.name}.weight" for info in layers if info.block}
     if blocks and not covered:
@@ -421,7 +456,7 @@ def is_mllm_model(model_or_path: nn.Module | str | os.PathLike, platform: str | 
     if any((directory / name).exists() for name in ("preprocessor_config.json", "processor_config.json")):
         return True
     file = directory / "config.json"
-    return file.exists() and any(key in json.loads(file.read_text(encoding="utf-8")) for key in _MULTIMODAL_KEYS)
+    return file.exists() and any(key in read_json(file) for key in _MULTIMODAL_KEYS)
 
 
 @torch.no_grad()

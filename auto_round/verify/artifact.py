@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 
 from auto_round.inference import checks
-from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.modeling.checkpoint import Checkpoint, CheckpointError, read_index
+from auto_round.modeling.reading import AGAIN, kind_of, read_json
 from auto_round.verify.gptq import read_layer
 from auto_round.verify.mlx import is_mlx, mlx_layers, mlx_problem, open_mlx, read_mlx
 from auto_round.verify.packed import packed_layers, packed_problem, read_input_scale, read_packed
@@ -39,8 +39,10 @@ class Artifact:
 
     @classmethod
     def open(cls, folder: Path) -> Artifact:
-        config = checks.read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         quantization = config.get("quantization_config")
+        if not isinstance(quantization, (dict, type(None))):
+            raise CheckpointError(f"{folder / 'config.json'}: quantization_config is {kind_of(quantization)}: {AGAIN}")
         checkpoint = open_mlx(folder, config.get("model_type")) if is_mlx(quantization) else Checkpoint(folder)
         return cls(folder, checkpoint, quantization)
 
@@ -84,7 +86,7 @@ def index_problem(artifact: Artifact) -> str | None:
     """The index names exactly the tensors that the shards hold."""
     index = artifact.folder / "model.safetensors.index.json"
     if index.exists():
-        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        listed = set(read_index(artifact.folder))
         stray = listed.symmetric_difference(Checkpoint(artifact.folder).names())
         if stray:
             return f"index and shards disagree about {sorted(stray)[0]}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 
 import torch
 
 from auto_round.modeling.blocks import find_stacks
 from auto_round.modeling.checkpoint import CheckpointError
+from auto_round.modeling.reading import AGAIN, kind_of, read_json, reading
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import OUTSIDE
 from auto_round.utils.common import is_supported_layer, is_transposed
@@ -33,12 +33,13 @@ def verify_artifact(
     if only_gguf(folder):
         _verify_gguf(result, folder, against, trust_remote_code)
         return result
-    artifact = Artifact.open(folder)
-    layers = len(artifact.packed_layers())
-    result.add("layout", layout_problem(artifact), f"{layers} packed layers, index and headers agree")
-    if not result.passed:
-        return result
-    result.add("finite", _finite_problem(artifact), "all scales and floats are finite")
+    with reading(f"{folder}: quantization_config of config.json"):
+        artifact = Artifact.open(folder)
+        layers = len(artifact.packed_layers())
+        result.add("layout", layout_problem(artifact), f"{layers} packed layers, index and headers agree")
+        if not result.passed:
+            return result
+        result.add("finite", _finite_problem(artifact), "all scales and floats are finite")
     _verify_unchanged(result, folder)
     if against is not None and result.passed:
         _verify_against(result, artifact, Path(against), trust_remote_code)
@@ -50,7 +51,9 @@ def _verify_unchanged(result: Verification, folder: Path) -> None:
     report = folder / "report.json"
     if not report.exists():
         return
-    known = json.loads(report.read_text(encoding="utf-8")).get("files", {})
+    known = read_json(report).get("files", {})
+    if not isinstance(known, dict):
+        raise CheckpointError(f"{report}: files is {kind_of(known)}, not hashes by name: {AGAIN}")
     found = file_hashes(folder)
     changed = sorted(name for name in known if found.get(name) != known[name])
     problem = f"{changed[0]} was changed after it was written" if changed else None

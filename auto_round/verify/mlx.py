@@ -109,6 +109,8 @@ def _shape(checkpoint: Checkpoint, quantization: Mapping[str, Any], layer: str) 
     stated = quantization.get(_stem(checkpoint, layer), quantization)
     if stated is False:
         raise CheckpointError(f"{layer} is packed, and the configuration says that it is not")
+    if not isinstance(stated, Mapping) or any(type(stated.get(key)) is not int for key in ("bits", "group_size")):
+        raise CheckpointError(f"{layer} has no whole numbers as bits and group_size in the configuration")
     words, scales, biases = (checkpoint.entries[f"{layer}.{suffix}"] for suffix in ("weight", "scales", "biases"))
     inputs = scales.shape[-1] * stated["group_size"]
     expected = (scales.shape[0], inputs * stated["bits"] // 32)
