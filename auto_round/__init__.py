@@ -9,11 +9,12 @@ __version__ = "0.17.0.dev0"
 
 _WHERE = {
     "AutoRound": "auto_round.autoround",
+    "AutoRoundAdam": "auto_round.autoround",
     "AutoRoundLLM": "auto_round.autoround",
     "AutoRoundMLLM": "auto_round.autoround",
     "QuantizationScheme": "auto_round.schemes",
 }
-__all__ = ["AutoRound", "AutoRoundLLM", "AutoRoundMLLM", "QuantizationScheme", "__version__"]
+__all__ = ["AutoRound", "AutoRoundAdam", "AutoRoundLLM", "AutoRoundMLLM", "QuantizationScheme", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

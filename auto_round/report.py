@@ -102,6 +102,11 @@ def seconds(value: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
+def rate_words(rate: Mapping[str, float] | None) -> str | None:
+    """How fast the tuning steps ran beside one large matrix product on the same machine."""
+    return f"{rate['fraction']:.0%} ({rate['flops'] / 1e9:.0f} GFLOP/s)" if rate else None
+
+
 def total_seconds(times: Mapping[str, float]) -> float:
     """The whole of a run: what it says itself, or the sum of its stages."""
     stages = (value for name, value in times.items() if name != "quantize")  # calibrate and tune together
@@ -249,6 +254,7 @@ def _cards(report: Mapping[str, Any]) -> str:
         ("top-1 agreement", f"{top1:.2%}" if isinstance(top1, (int, float)) else None),
         ("size", f"{size(sizes.get('source_bytes'))} → {size(sizes.get('output_bytes'))}" if sizes else None),
         ("time", seconds(total_seconds(report["times"])) if report.get("times") else None),
+        ("tuning, of a large product's rate", rate_words(report.get("tuning_rate"))),
         ("peak memory, libraries included", mib(report.get("peak_memory_mb"))),
         ("of it after importing libraries", mib(report.get("import_memory_mb"))),
         ("checks", (f"{failed} failed" if failed else f"{len(checks)} passed") if checks else None),

@@ -1,10 +1,15 @@
 """Tuning: it helps, it is reproducible, and it never ends worse than where it started."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import save_tiny, tiny_llama, token_ids
 
 from auto_round import AutoRound
+from auto_round.calibration.block_io import Activations
+from auto_round.settings import SettingsError
 
 
 def compressor(folder, **changes):
@@ -44,6 +49,8 @@ def test_tuning_lowers_the_loss_of_every_block(tiny_dir, tmp_path):
         {"bits": 5},
         {"dynamic_max_gap": 1},
         {"not_use_best_mse": True},
+        {"algorithm": "adamround"},
+        {"enable_adam": True, "sym": False, "lr": 0.01},
     ],
 )
 def test_settings_work_and_repeat(tiny_dir, changes):
@@ -55,6 +62,48 @@ def test_gradient_accumulation_is_a_bigger_batch(tiny_dir):
     one = compressor(tiny_dir, iters=4, batch_size=4).quantize()[0].state_dict()
     two = compressor(tiny_dir, iters=4, batch_size=2, gradient_accumulate_steps=2).quantize()[0].state_dict()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("algorithm", ["signround", "adamround"])
+def test_an_absurd_rate_falls_back_and_says_so(tiny_dir, algorithm):
+    run = compressor(tiny_dir, iters=3, lr=9.0, minmax_lr=9.0, algorithm=algorithm)
+    run.quantize()
+    rounded = compressor(tiny_dir, iters=0)
+    rounded.quantize()
+    first = run.block_log[0]
+    assert "is kept" in first["note"] and first["final_loss"] == first["start_loss"]
+    names = list(run.plan.quantized(first["name"]))
+    state, want = run.model.state_dict(), rounded.model.state_dict()
+    assert all(torch.equal(state[f"{name}.weight"], want[f"{name}.weight"]) for name in names)
+
+
+def test_adam_and_another_algorithm_contradict(tiny_dir):
+    with pytest.raises(SettingsError, match="contradict"):
+        compressor(tiny_dir, enable_adam=True, algorithm="signround")
+
+
+def test_the_rate_of_tuning_is_told(tiny_dir, tmp_path):
+    run = compressor(tiny_dir, iters=4)
+    _, folder = run.quantize_and_save(tmp_path / "out")
+    work = run.block_log[0]["work"]
+    weights = sum(plan.info.numel for plan in run.plan.quantized(run.block_log[0]["name"]).values())
+    tokens = 2 * 32  # half a batch of 4
+    assert work["steps"] == 4 and work["flops"] >= 2 * 3 * weights * tokens * 0.9
+    assert 0 < json.loads((Path(folder) / "report.json").read_text())["tuning_rate"]["fraction"] < 1
+
+
+def test_activations_that_overflow_name_the_block(tiny_dir):
+    run = compressor(tiny_dir, iters=2)
+    run.calib()
+    block = run.plan.block_names[0]
+    put = Activations.put
+
+    def poisoned(self, index, tensor):
+        put(self, index, tensor * float("inf"))
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=f"{block}.*not finite"):
+        patch.setattr(Activations, "put", poisoned)
+        run._quantize_blocks()
 
 
 def test_no_improvement_keeps_the_start(tiny_dir):

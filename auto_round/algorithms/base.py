@@ -12,6 +12,7 @@ from torch import nn
 from auto_round.calibration.block_io import BlockIO
 from auto_round.data_type.base import QuantizedTensor, WeightTask
 from auto_round.plan import LayerPlan
+from auto_round.ranks import Ranks
 from auto_round.schemes import TensorSpec
 from auto_round.settings import TuneSettings
 
@@ -24,7 +25,8 @@ class BlockTask:
     importance: layer name → mean square of each input channel [in]; fused_max: layer name → largest magnitude over
     the layers that engines fuse with it; sparse: layers that too few tokens reach to tune
     their rounding; amp: autocast context of its forward;
-    on_step: called as (iteration, loss) to show progress.
+    on_step: called as (iteration, loss) to show progress; ranks: those that work on this block together, each with its
+    share of the samples in `io`.
     """
 
     name: str
@@ -38,6 +40,7 @@ class BlockTask:
     sparse: frozenset[str] = frozenset()
     amp: Callable[[], AbstractContextManager] | None = None
     on_step: Callable[[int, float], None] = lambda step, loss: None
+    ranks: Ranks = field(default_factory=Ranks)
 
     def weight_name(self, layer: str) -> str:
         """The layer's weight as the block knows it."""

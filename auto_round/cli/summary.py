@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from auto_round.report import expert_words, figure, group_layers, mib, scheme_words, seconds, size, total_seconds
+from auto_round.report import (
+    expert_words,
+    figure,
+    group_layers,
+    mib,
+    rate_words,
+    scheme_words,
+    seconds,
+    size,
+    total_seconds,
+)
 
 PIPE_WIDTH = 120
 SHOWN_NAMES = 6  # of the layers that share a reason
@@ -81,6 +91,8 @@ def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterabl
     share = sizes["output_bytes"] / max(sizes["source_bytes"], 1)
     yield "size", f"{size(sizes['source_bytes'])} → {size(sizes['output_bytes'])} ({share:.0%})"
     yield "time", _times(report.get("times") or {}, wall)
+    if report.get("tuning_rate"):
+        yield "tuning steps", f"{rate_words(report['tuning_rate'])} of the rate of a large matrix product"
     yield "peak memory", f"{mib(report.get('peak_memory_mb'))} ({mib(report.get('import_memory_mb'))} after importing)"
     if report.get("device_peak_mb"):
         yield "peak memory, GPU", mib(report["device_peak_mb"])

@@ -24,10 +24,10 @@ from auto_round.schemes import TensorSpec
 SCALE_DTYPE = torch.float16
 MIN_SCALE = 1e-5  # keeps the quotient finite in float16 for groups of zeros
 MAX_SCALE = 6.0e4  # below float16's largest value
-SEARCH_STEPS = 40
+SEARCH_STEPS = 32
 FINE_STEPS = 8  # from FINE_BITS on: the best range is close to min/max, and gains little
 FINE_BITS = 7
-SEARCH_REFITS = 2
+SEARCH_REFITS = 3
 FAVOUR_LARGE = 3  # bits up to which the search favours large weights
 MIN_INPUT = 1e-10  # stands for the largest input of a token of zeros
 CHUNK = 1 << 18  # weights handled at once: scratch memory stays small, and in the cache
@@ -167,12 +167,7 @@ def _joined(parts: list[tuple[torch.Tensor, torch.Tensor | None]]) -> tuple[torc
 
 
 def _minmax_start(groups: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
-    raw, zero = scale_from_range(*minmax_range(groups), spec)
-    scale = store_scale(raw)
-    if zero is None:
-        return scale, None
-    low, _ = minmax_range(groups)
-    return scale, (-low / scale).round().clamp(0, (1 << spec.bits) - 1)
+    return _shrunk(*minmax_range(groups), spec)
 
 
 def search_scale(
@@ -183,8 +178,9 @@ def search_scale(
     Up to FAVOUR_LARGE bits the importance is multiplied by sqrt(mean w² + w²), as llama.cpp's k-quants do: on a
     trained model this lowers the KL divergence at 2 and 3 bits (groups of 64 at 2 bits: 0.119 to 0.106), not at 4.
 
-    Tries ranges shrunk and grown around min/max; each is refitted by weighted least squares for its codes
-    (s = Σhwq / Σhq²), rounded to float16 and scored as it will be stored. groups [rows, groups, inputs per group].
+    Tries ranges shrunk and grown around min/max (see `_best_factor`); the best is refitted by weighted least squares
+    for its codes (s = Σhwq / Σhq²), rounded to float16 and scored as it will be stored, against min/max.
+    groups [rows, groups, inputs per group].
     """
     w = groups.float()
     if spec.bits <= FAVOUR_LARGE:
@@ -192,23 +188,51 @@ def search_scale(
     low, high = minmax_range(w)
     best_scale, best_zero = _minmax_start(groups, spec)
     best = _weighted_error(w, importance, best_scale, best_zero, spec)
-    factors = (
-        torch.linspace(0.35, 1.15, SEARCH_STEPS) if spec.bits < FINE_BITS else torch.linspace(0.93, 1.07, FINE_STEPS)
-    )
-    for factor in factors.tolist():
-        raw, zero = scale_from_range(low * factor, high * factor, spec)
-        scale = store_scale(raw)
+    factor = _best_factor(w, importance, low, high, spec)
+    scale, zero = _shrunk(low * factor, high * factor, spec)
+    for _ in range(SEARCH_REFITS):
+        scale = _refit(w, importance, scale, zero, spec)
+        error = _weighted_error(w, importance, scale, zero, spec)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
         if zero is not None:
-            zero = (-low * factor / scale).round().clamp(0, (1 << spec.bits) - 1)
-        for _ in range(SEARCH_REFITS):
-            scale = _refit(w, importance, scale, zero, spec)
-            error = _weighted_error(w, importance, scale, zero, spec)
-            better = error < best
-            best = torch.where(better, error, best)
-            best_scale = torch.where(better, scale, best_scale)
-            if zero is not None:
-                best_zero = torch.where(better, zero, best_zero)
+            best_zero = torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def _best_factor(
+    w: torch.Tensor, importance: torch.Tensor, low: torch.Tensor, high: torch.Tensor, spec: TensorSpec
+) -> torch.Tensor:
+    """By how much to shrink or grow each group's range.
+
+    For given codes q the best scale leaves Σhw² - (Σhwq)² / Σhq², so the codes of each factor are judged by the last
+    term alone, without a pass for the error itself.
+    """
+    weighted = importance * w
+    most, found = torch.zeros_like(low), torch.ones_like(low)
+    levels, half = (1 << spec.bits) - 1, 1 << (spec.bits - 1)
+    span, steps = ((0.35, 1.15), SEARCH_STEPS) if spec.bits < FINE_BITS else ((0.93, 1.07), FINE_STEPS)
+    for factor in torch.linspace(*span, steps).tolist():
+        scale, zero = _shrunk(low * factor, high * factor, spec)
+        codes = (w * scale.reciprocal().unsqueeze(-1)).round_()
+        if zero is None:
+            codes.clamp_(-half, half - 1)
+        else:
+            codes = codes.maximum(-zero.unsqueeze(-1)).minimum((levels - zero).unsqueeze(-1))
+        top = (weighted * codes).sum(-1)
+        gain = top.square() / codes.square_().mul_(importance).sum(-1).clamp_(min=1e-30)
+        better = (gain > most) & (top * scale > 0)  # a scale of the other sign is no refit of this one
+        most = torch.where(better, gain, most)
+        found = torch.where(better, factor, found)
+    return found
+
+
+def _shrunk(low: torch.Tensor, high: torch.Tensor, spec: TensorSpec) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Stored scale and zero point of a range that need not hold all weights."""
+    raw, zero = scale_from_range(low, high, spec)
+    scale = store_scale(raw)
+    return scale, None if zero is None else (-low / scale).round().clamp(0, (1 << spec.bits) - 1)
 
 
 def _centred_codes(w, scale, zero, spec):
@@ -290,36 +314,56 @@ class TunableInt:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """w' = s·(code - zero) of grouped weights, with the backward written out.
+    """w' = s·(code - zero) of grouped weights [rows, groups, inputs per group], with the backward written out.
 
-    One pass instead of a chain of element-wise nodes: only the codes (1 byte) and the clamp mask (1 bit's worth in a
-    byte) are kept for the backward. Rounding passes gradients straight through; the clamp stops them.
+    Both go through a few rows at a time, which stay in the cache, and nothing is kept between them: to find the codes
+    again costs less than to keep them. Rounding passes gradients straight through; the clamp stops them.
     """
 
     @staticmethod
     def forward(ctx, weight, value, scale, zero, bits, dtype):
-        offset = float(1 << (bits - 1)) if zero is None else zero.unsqueeze(-1)
-        quotient = weight.float() / scale.unsqueeze(-1)
-        codes = quotient.add_(value).round_().add_(offset)
-        clamped = codes.clamp(0, (1 << bits) - 1)
-        inside = clamped == codes
-        ctx.save_for_backward(weight, scale, zero, clamped.to(torch.uint8), inside)
+        ctx.save_for_backward(weight, value, scale, zero)
         ctx.bits = bits
-        return clamped.sub_(offset).mul_(scale.unsqueeze(-1)).to(dtype)
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        for part in _row_parts(weight):
+            wide, offset = _columns(scale, zero, part, bits)
+            codes = (weight[part].float() / wide).add_(value[part]).round_().add_(offset)
+            out[part] = codes.clamp_(0, (1 << bits) - 1).sub_(offset).mul_(wide)
+        return out
 
     @staticmethod
     def backward(ctx, grad):
-        weight, scale, zero, codes, inside = ctx.saved_tensors
-        offset = float(1 << (ctx.bits - 1)) if zero is None else zero.unsqueeze(-1)
-        grad = grad.float()
-        wide = scale.unsqueeze(-1)
-        grad_scale = grad_zero = None
-        if ctx.needs_input_grad[2]:
-            # d w'/d s = (code - zero) - inside · w/s
-            grad_scale = (grad * (codes.float().sub_(offset).sub_((weight.float() / wide).mul_(inside)))).sum(-1)
-        if zero is not None and ctx.needs_input_grad[3]:
-            grad_zero = -((grad * wide).masked_fill(inside, 0)).sum(-1)
-        return None, (grad * wide).mul_(inside), grad_scale, grad_zero, None, None
+        weight, value, scale, zero = ctx.saved_tensors
+        grad_value = torch.empty(weight.shape, device=weight.device)
+        grad_scale = torch.empty_like(scale) if ctx.needs_input_grad[2] else None
+        grad_zero = torch.empty_like(zero) if zero is not None and ctx.needs_input_grad[3] else None
+        for part in _row_parts(weight):
+            wide, offset = _columns(scale, zero, part, ctx.bits)
+            quotient = weight[part].float() / wide
+            codes = (quotient + value[part]).round_().add_(offset)
+            clamped = codes.clamp(0, (1 << ctx.bits) - 1)
+            inside = (clamped == codes).float()
+            slope = grad[part].float()
+            if grad_scale is not None:  # d w'/d s = (code - zero) - inside · w/s
+                grad_scale[part] = clamped.sub_(offset).sub_(quotient.mul_(inside)).mul_(slope).sum(-1)
+            slope = torch.mul(slope, wide)
+            if grad_zero is not None:
+                grad_zero[part] = (inside - 1).mul_(slope).sum(-1)
+            torch.mul(slope, inside, out=grad_value[part])
+        return None, grad_value, grad_scale, grad_zero, None, None
+
+
+def _row_parts(groups: torch.Tensor) -> list[slice]:
+    """Rows of grouped weights in parts of about CHUNK weights."""
+    rows = max(1, CHUNK // groups[0].numel())
+    return [slice(begin, begin + rows) for begin in range(0, len(groups), rows)]
+
+
+def _columns(
+    scale: torch.Tensor, zero: torch.Tensor | None, part: slice, bits: int
+) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Scale and zero point of some rows, in a shape that broadcasts over the inputs of a group."""
+    return scale[part].unsqueeze(-1), float(1 << (bits - 1)) if zero is None else zero[part].unsqueeze(-1)
 
 
 Tunable = TunableInt
