@@ -3,15 +3,16 @@
 A work folder holds `run.json` (settings and plan) and one safetensors file per block, written under a temporary name,
 synced, then renamed, so that a file that is there is complete. Codes are kept bit-packed. The folder's name carries a
 fingerprint of everything that the codes depend on: a run with other settings uses another folder and loses nothing.
+Work folders for the same output lie side by side under one lock, since their runs would write the same files.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
+import functools
 import hashlib
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,21 @@ from auto_round.data_type.base import QuantizedTensor
 from auto_round.formats.packing import pack_bits, unpack_bits
 from auto_round.formats.writer import write_json
 from auto_round.logger import logger
+from auto_round.modeling.reading import read_json, reading
 from auto_round.plan import LayerPlan
+from auto_round.schemes import TensorSpec
+from auto_round.utils.files import InUseError, Lock, make_folder, sync
 
 BESIDE = "beside:"  # begins the names of tensors that belong to no layer
+
+
+@dataclass
+class TuningWork:
+    """What tuning a block took. flops: of the matrix products of one step; seconds: of the steps after the first."""
+
+    steps: int = 0
+    flops: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
@@ -35,14 +48,20 @@ class BlockResult:
 
     losses: (iteration, mean square error of the output) of the tuning.
     beside: tensors of no layer that are stored with the block (scales of attention), by parameter name.
+    work: what the tuning took, where there was one; it is not stored.
     """
 
-    tensors: dict[str, QuantizedTensor]
+    tensors: Mapping[str, QuantizedTensor]
     losses: list[tuple[int, float]] = field(default_factory=list)
     start_loss: float | None = None
     final_loss: float | None = None
     note: str = ""
     beside: dict[str, torch.Tensor] = field(default_factory=dict)
+    work: TuningWork | None = None
+
+
+_GOES_ON = "finished blocks are kept, and the same command goes on after them"
+_AGAIN = "start the run with the same command again, which writes it anew and keeps the finished blocks"
 
 
 class StoreError(RuntimeError):
@@ -58,38 +77,64 @@ def fingerprint(facts: Mapping[str, Any]) -> str:
 class Store:
     """The work folder of one run.
 
+    main: False in a process that works beside the one that holds the folder.
+
     Raises:
-        StoreError: another process is using the folder, or a block file is damaged.
+        StoreError: another process is using the folder or one beside it, or a block file is damaged.
     """
 
-    def __init__(self, root: Path, facts: Mapping[str, Any]):
+    def __init__(self, root: Path, facts: Mapping[str, Any], main: bool = True):
         self.facts = dict(facts)
         self.fingerprint = fingerprint(facts)
-        self.folder = Path(root) / self.fingerprint
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 - held for the life of the run
+        root = Path(root).absolute()  # the program may change its directory during the run
+        self.folder = root / self.fingerprint
+        self._lock: Lock | None = None
+        if main:
+            self._hold(root)
+
+    def _hold(self, root: Path) -> None:
+        make_folder(self.folder)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StoreError(
-                f"{self.folder} is in use by another run: wait for it, or choose another output"
-            ) from error
-        write_json(self.folder / "run.json", self.facts)
+            self._lock = Lock(root / "lock", str(root))
+        except InUseError as error:
+            raise StoreError(str(error)) from error
+        try:
+            self._remove_leftovers()
+            write_json(self.folder / "run.json", self.facts)
+            sync(self.folder)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _remove_leftovers(self) -> None:
+        """What a killed run was writing."""
+        for kind in ("*.tmp", "*.partial", "*.activations"):
+            for file in self.folder.glob(kind):
+                file.unlink()
 
     @classmethod
     def open_existing(cls, folder: Path) -> Store:
         """A work folder of an earlier run (for exporting again).
 
         Raises:
-            StoreError: the folder is no work folder.
+            StoreError: the folder is no work folder, or its run.json is damaged.
         """
-        file = Path(folder) / "run.json"
+        folder = Path(folder).absolute()
+        file = folder / "run.json"
         if not file.exists():
             raise StoreError(f"{folder} is no work folder: it has no run.json")
-        return cls(Path(folder).parent, json.loads(file.read_text(encoding="utf-8")))
+        try:
+            facts = read_json(file)
+            known = fingerprint(facts)
+        except (ValueError, AttributeError) as error:
+            raise StoreError(f"{file} is damaged ({error}): {_AGAIN}") from error
+        if known != folder.name:
+            raise StoreError(f"{file} does not belong to its folder {folder.name}, or was changed: {_AGAIN}")
+        return cls(folder.parent, facts)
 
     def close(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def scratch(self, name: str) -> Path:
         """A file name in the folder for data that the run itself removes."""
@@ -102,7 +147,11 @@ class Store:
         return self.path(block).exists()
 
     def save(self, block: str, result: BlockResult) -> None:
-        """Write a block's codes; once this returns they survive anything but the loss of the disk."""
+        """Write a block's codes; once this returns they survive anything but the loss of the disk.
+
+        Raises:
+            OSError: the disk is full, or broken; nothing of the block is left.
+        """
         tensors = {}
         for name, tensor in result.tensors.items():
             tensors[f"{name}.codes"] = pack_bits(tensor.codes, tensor.spec.bits, dim=1)
@@ -114,39 +163,44 @@ class Store:
         facts = {k: getattr(result, k) for k in ("losses", "start_loss", "final_loss", "note")}
         metadata = {"block": block, "sha256": _digest(tensors), "result": json.dumps(facts)}
         temporary = self.path(block).with_suffix(".tmp")
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(self.path(block))
-        _sync_folder(self.folder)
+        try:
+            save_file(tensors, temporary, metadata)
+            sync(temporary)
+            temporary.replace(self.path(block))
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(f"{temporary} could not be written ({error}): make room; {_GOES_ON}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        sync(self.folder)
 
     def load(self, block: str, layers: Mapping[str, LayerPlan]) -> BlockResult:
-        """Read a block's codes back.
+        """Read a block's codes back: packed, and unpacked layer by layer as they are looked up.
 
         Raises:
             StoreError: the file is damaged or lacks a layer.
         """
         try:
+            return self._read(block, layers)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # a header that was changed
+            raise StoreError(f"{self.path(block)} is damaged ({error!r}): delete it and run again") from error
+
+    def _read(self, block: str, layers: Mapping[str, LayerPlan]) -> BlockResult:
+        try:
             with safe_open(self.path(block), framework="pt") as handle:
-                metadata = handle.metadata()
+                metadata = handle.metadata() or {}
                 tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise StoreError(f"{self.path(block)} is damaged ({error}): delete it and run again") from error
-        if _digest(tensors) != metadata["sha256"]:
-            raise StoreError(f"{self.path(block)} is damaged (its hash differs): delete it and run again")
-        result = BlockResult({}, **json.loads(metadata["result"]))
+            problem = _problem(block, metadata, tensors)
+            result = BlockResult({}, **json.loads(metadata.get("result", "{}")))
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
+            problem = str(error)
+        if problem is not None:
+            raise StoreError(f"{self.path(block)} is damaged ({problem}): delete it and run again")
         for name, plan in layers.items():
             if f"{name}.codes" not in tensors:
                 raise StoreError(f"{self.path(block)} has no codes for {name}: delete it and run again")
-            spec, extra = plan.scheme.weight, f"{name}.extra."
-            result.tensors[name] = QuantizedTensor(
-                unpack_bits(tensors[f"{name}.codes"], spec.bits, dim=1),
-                tensors[f"{name}.scale"],
-                tensors.get(f"{name}.zero_point"),
-                spec,
-                {key.removeprefix(extra): value for key, value in tensors.items() if key.startswith(extra)},
-                tensors.get(f"{name}.input_scale"),
-            )
+            result.tensors[name] = functools.partial(_unpacked, tensors, name, plan.scheme.weight)
+        result.tensors = _OneByOne(result.tensors)
         result.beside = {key.removeprefix(BESIDE): value for key, value in tensors.items() if key.startswith(BESIDE)}
         return result
 
@@ -154,7 +208,8 @@ class Store:
         """A block's tensors of no layer alone; none if the block is not there."""
         if not self.has(block):
             return {}
-        with safe_open(self.path(block), framework="pt") as handle:
+        damaged = f"delete {self.path(block)} and run again"
+        with reading(self.path(block), damaged), safe_open(self.path(block), framework="pt") as handle:
             names = [name for name in handle.keys() if name.startswith(BESIDE)]  # noqa: SIM118
             return {name.removeprefix(BESIDE): handle.get_tensor(name) for name in names}
 
@@ -169,6 +224,41 @@ class Store:
             return None
 
 
+def _problem(block: str, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Why a file is not what was saved of a block; None if it is."""
+    if metadata.get("block") != block:
+        return f"it holds {metadata.get('block')!r}, not {block!r}"
+    return None if metadata.get("sha256") == _digest(tensors) else "its hash differs"
+
+
+class _OneByOne(Mapping[str, QuantizedTensor]):
+    """Layers whose tensors are made anew each time: unpacked codes of a whole block would be twice the file."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], QuantizedTensor]]):
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        return self._makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _unpacked(tensors: Mapping[str, torch.Tensor], name: str, spec: TensorSpec) -> QuantizedTensor:
+    extra = f"{name}.extra."
+    return QuantizedTensor(
+        unpack_bits(tensors[f"{name}.codes"], spec.bits, dim=1),
+        tensors[f"{name}.scale"],
+        tensors.get(f"{name}.zero_point"),
+        spec,
+        {key.removeprefix(extra): value for key, value in tensors.items() if key.startswith(extra)},
+        tensors.get(f"{name}.input_scale"),
+    )
+
+
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -179,12 +269,3 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 def _safe(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:80]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

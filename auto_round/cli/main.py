@@ -1,19 +1,25 @@
 """The `auto-round` command: finds the sub-command, and turns what goes wrong into one sentence and an exit code.
 
-0: done. 1: it failed. 2: the command line, or what it names, cannot be used. 130: interrupted. Tracebacks appear with
-`--debug` only. The libraries that take seconds to import are imported by the sub-commands that need them.
+0: done. 1: it failed. 2: the command line, or what it names, cannot be used. 130: interrupted; 143, 129: ended by
+SIGTERM, SIGHUP, which leave as little behind as Ctrl-C. Tracebacks appear with `--debug` only. The libraries that take
+seconds to import are imported by the sub-commands that need them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import faulthandler
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from auto_round import __version__
 from auto_round.cli.parser import UsageError
@@ -43,6 +49,15 @@ USAGE_ERRORS = (
     "auto_round.eval.harness:UnknownTaskError",
 )
 LONGEST = 600  # characters of a message that another library wrote
+KEPT = "the same command goes on from the last finished block"
+
+
+class Ended(BaseException):
+    """The system, or somebody, asked the process to end; raised where it was, so that it cleans up on its way out."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int:
@@ -50,16 +65,41 @@ def main(arguments: Sequence[str] | None = None, recipe: str = "default") -> int
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
-        return _dispatch(arguments, recipe, debug)
+        with _ending_cleanly():
+            return _dispatch(arguments, recipe, debug)
     except SystemExit as stop:  # argparse, after printing help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on from the last finished block", 130, debug)
+        return _fail(f"interrupted; {KEPT}", 130, debug)
+    except Ended as end:
+        return _fail(f"ended by {signal.Signals(end.number).name}; {KEPT}", 128 + end.number, debug)
     except BrokenPipeError:  # `auto-round list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         return _fail(*_explain(error, debug), debug)
+
+
+@contextlib.contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Turn the signals that end a process into an exception; where a signal is ignored (nohup), it stays so."""
+
+    def end(number: int, frame: Any) -> None:
+        raise Ended(number)
+
+    if not faulthandler.is_enabled() and sys.stderr is sys.__stderr__:
+        faulthandler.enable()  # a shard that is cut while it is mapped ends the process: then at least say where
+    main = threading.current_thread() is threading.main_thread()
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if main and hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in wanted}
+    ours = [number for number, handler in before.items() if handler == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _dispatch(arguments: list[str], recipe: str, debug: bool) -> int:
@@ -104,8 +144,8 @@ def _help(arguments: list[str]) -> int:
 
 
 def _quieten(debug: bool) -> None:
-    """Our own messages on standard error; those of the libraries only when asked for."""
-    setup_logging("DEBUG" if debug else None)
+    """Our own messages on standard error; those of the libraries, and of other ranks, only when asked for."""
+    setup_logging("DEBUG" if debug else "WARNING" if _rank() else None)
     if not debug:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -156,8 +196,14 @@ def _fail(message: str, code: int, debug: bool) -> int:
     text = " ".join(message.split())
     text = text if len(text) <= LONGEST else text[:LONGEST] + " …"
     logger.debug("exit code %d", code)
-    print(f"auto-round: {text}", file=sys.stderr)
+    who = f"auto-round: rank {_rank()}" if _rank() else "auto-round"
+    print(f"{who}: {text}", file=sys.stderr)
     return code
+
+
+def _rank() -> int:
+    """This process's number among those of the run; 0 also for the only one."""
+    return int(os.environ.get("RANK", 0))
 
 
 # ---- entry points ------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """From the store and the source to a finished folder: every source tensor gets one fate, config.json comes last.
 
-The folder is written beside its final name and renamed when it has been verified, so that nothing half-written ever
-stands under the final name.
+The folder is written beside its final name and renamed when it has been verified and is on the disk, so that nothing
+half-written ever stands under the final name, not even after a power cut.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from auto_round.modeling.streaming import StreamedModel, TensorShape
 from auto_round.plan import LayerInfo, LayerPlan, ModelPlan, PlanError
 from auto_round.store import Store
 from auto_round.utils.device import trim_memory
+from auto_round.utils.files import Lock, make_folder, sync, sync_tree
 
 LARGE = 1_000_000  # elements above which a tensor left in high precision is listed with its reason
 
@@ -32,9 +34,13 @@ class LedgerError(RuntimeError):
 
 @dataclass
 class Ledger:
-    """What became of every source tensor: quantized, kept, tied, transformed or dropped, and why."""
+    """What became of every source tensor: quantized, kept, tied, transformed or dropped, and why.
+
+    not_finite: tensors that were kept although they hold NaN or Inf.
+    """
 
     fates: dict[str, tuple[str, str]] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
 
     def add(self, name: str, fate: str, reason: str) -> None:
         if name in self.fates:
@@ -218,7 +224,10 @@ def write_folder(
         for name, scale in scales.items():
             write(name, scale)
         for name in ledger.of("kept"):
-            write(name, streamed.read_source(name))
+            value = streamed.read_source(name)
+            if not _is_finite(value):
+                ledger.not_finite.append(name)
+            write(name, value)
         for name, value in read_pieces(streamed, plan, store, fmt.plain):
             write(name, value)
         for part in plan.parts:
@@ -232,6 +241,12 @@ def write_folder(
     config = _source_config(streamed, source_dir)
     write_config(fmt.adapt_config(config), fmt.config(settings), folder)
     return ledger
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf; a part at a time, as some dtypes have to be widened."""
+    parts = value.reshape(-1).split(1 << 20) if value.is_floating_point() else ()
+    return all(bool(torch.isfinite(part.float()).all()) for part in parts)
 
 
 def _write_side_files(folder: Path, streamed: StreamedModel, source_dir: Path | None, tokenizer: Any) -> None:
@@ -253,13 +268,47 @@ def _source_config(streamed: StreamedModel, source_dir: Path | None) -> dict[str
     return config
 
 
+@contextlib.contextmanager
+def unfinished(final: Path) -> Iterator[Path]:
+    """The folder in which `final` is written, for this process alone; it is removed if anything goes wrong.
+
+    Raises:
+        InUseError: another process writes the same folder. OSError: the rest of an earlier run cannot be removed.
+    """
+    make_folder(final.parent)
+    with contextlib.closing(Lock(_beside(final, "lock"), str(final))):
+        recover(final)
+        partial = _beside(final, "partial")
+        if partial.exists() or partial.is_symlink():
+            shutil.rmtree(partial)
+        try:
+            yield partial
+        except BaseException:  # an interrupt, too: what is left would look like a model
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def recover(final: Path) -> None:
+    """Settle a replacement that was begun: the older folder goes if the new one is there, else it comes back."""
+    old = _beside(final, "replaced")
+    if old.exists():
+        if not final.exists():
+            old.rename(final)
+        sync(final.parent)  # before the older folder goes, or a power cut could take both
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def publish(partial: Path, final: Path) -> None:
-    """Give a verified folder its final name; an older one of that name is replaced."""
-    old = final.with_name(final.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if final.exists():
-        final.rename(old)
-    partial.rename(final)
-    if old.exists():
-        shutil.rmtree(old)
+    """Give a verified folder its final name; an older one of that name goes when the new one is safely there."""
+    sync_tree(partial)
+    try:
+        if final.exists():
+            final.rename(_beside(final, "replaced"))
+        partial.rename(final)
+    finally:
+        recover(final)
+    sync(final.parent)
+
+
+def _beside(final: Path, kind: str) -> Path:
+    return final.with_name(f"{final.name}.{kind}")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from auto_round.formats.base import TensorShape
+from auto_round.utils.files import sync
 
 # safetensors' names of dtypes.
 DTYPES: dict[torch.dtype, str] = {
@@ -93,8 +94,12 @@ class CheckpointWriter:
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space(sum(self._ends))
-        for index, header in enumerate(headers):
-            self._start(index, header)
+        try:
+            for index, header in enumerate(headers):
+                self._start(index, header)
+        except BaseException:
+            self.abort()
+            raise
 
     def _lay_out(self, index: int, shard: list[tuple[str, TensorShape]], metadata: dict[str, str]) -> bytes:
         """Fix the offsets of a shard's tensors; returns its length word and header."""
@@ -135,7 +140,7 @@ class CheckpointWriter:
         return self.folder / (self.files[index] + _PARTIAL)
 
     def _start(self, index: int, header: bytes) -> None:
-        with open(self._partial(index), "wb") as file:
+        with self._explained(index, "beginning the file"), open(self._partial(index), "wb") as file:
             file.write(header)
             file.truncate(self._ends[index])
 
@@ -209,7 +214,7 @@ class CheckpointWriter:
         if len(self.files) > 1:
             total = {"total_size": self.total_size}
             write_json(self.folder / INDEX, {"metadata": total, "weight_map": dict(sorted(self.weight_map.items()))})
-        _sync_folder(self.folder)
+        sync(self.folder)
 
     def _remove_stale(self) -> None:
         """Weight files of an earlier export of another size: a reader would prefer them to ours."""
@@ -279,22 +284,18 @@ def _shard_names(count: int) -> list[str]:
 def write_json(path: Path, data: Any) -> None:
     """Write JSON under a temporary name, flush it and rename: the file is there whole or not at all."""
     partial = path.with_name(path.name + _PARTIAL)
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames in a folder durable where the system can (it cannot on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            json.dump(data, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -325,6 +326,12 @@ def copy_side_files(source_dir: str | os.PathLike[str], out_dir: str | os.PathLi
         shutil.copyfile(source / relative, path)
         copied.append(relative.as_posix())
     return copied
+
+
+def unreadable_side_file(source_dir: Path, out_dir: Path) -> Path | None:
+    """A file that `copy_side_files` could not copy (a link to nowhere, or one without permission), if there is one."""
+    files = (source_dir / relative for relative in _side_files(source_dir, out_dir.resolve()))
+    return next((file for file in files if not os.access(file, os.R_OK)), None)
 
 
 def _side_files(source: Path, excluded: Path) -> Iterator[Path]:
@@ -359,7 +366,7 @@ def write_config(
         config["quantization_config"] = dict(quantization_config)
         write_json(separate, config["quantization_config"])
     write_json(folder / "config.json", config)
-    _sync_folder(folder)
+    sync(folder)
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
