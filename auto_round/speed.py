@@ -12,20 +12,24 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from auto_round.algorithms.tuning import Rule
+from auto_round.compressors.chain import inputs_of
 from auto_round.data_type import data_type
-from auto_round.data_type.base import QuantizedTensor, WeightTask
+from auto_round.data_type.base import QuantizedTensor, Tunable, WeightTask
 from auto_round.formats.packing import pack_bits, unpack_bits
 from auto_round.schemes import TensorSpec
 
 SAMPLE_WEIGHTS = 1 << 19  # elements of a weight whose scales are searched: more are searched piece by piece
 STEP_WEIGHTS = 1 << 21  # elements of a weight that takes a step: beyond a CPU's cache, as a layer is
 WIDEST, HEADS, ROWS = 4096, 4, 512  # channels, heads and tokens that are tried
-PRODUCT = 2e10  # multiplications and additions of a sampled matrix product
-ENOUGH = 0.2  # seconds after which a measurement is not repeated
+PRODUCT = 5e9  # multiplications and additions of a sampled matrix product
+DRAWN = 1 << 20  # random numbers, repeated in larger tensors: to draw them takes longer than to use them
+ENOUGH = 0.1  # seconds after which a measurement is not repeated
 REPEATS = 3
 
 
@@ -45,16 +49,27 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class LayerSpeed:
-    """Seconds for each token (forward, backward) and for each weight.
+    """Seconds for each token (forward, backward, and what is learned of a layer's inputs: watch) and for each weight.
 
-    read: its code unpacked and made a float again. tune: one step of tuning.
+    read: its code unpacked and made a float again. judge: rounded as tuned so far. tune: one step of tuning.
     """
 
     forward: float
     backward: float
+    watch: float
     quantize: float
     read: float
+    judge: float
     tune: float
+
+
+class _WeightSpeed(NamedTuple):
+    """The part of a layer's speed that does not depend on its tokens."""
+
+    quantize: float
+    read: float
+    judge: float = 0.0
+    tune: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,39 +95,51 @@ class Glue:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how blocks compute. search, tune: whether scales are searched, rounding is tuned."""
+    """Where and how blocks compute.
+
+    search: whether scales are searched. rule: what makes a rule by which rounding is tuned; None where it is not.
+    """
 
     device: torch.device
     dtype: torch.dtype
     amp: Callable[[], AbstractContextManager]
     search: bool
-    tune: bool
+    rule: Callable[[], Rule] | None
 
     def random(self, *shape: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(*shape, generator=generator).mul_(0.02).to(self.device, self.dtype)
+        count = math.prod(shape)
+        drawn = torch.randn(min(count, DRAWN), generator=torch.Generator().manual_seed(0)).mul_(0.02)
+        return drawn.to(self.dtype).repeat(-(-count // DRAWN))[:count].view(shape).to(self.device)
 
 
 def measure(shapes: Iterable[LayerShape], glue: Glue, setting: Setting) -> Speed:
     """Try every shape. The random numbers of the run stay as they are."""
-    layers = {shape: _layer(shape, setting) for shape in shapes}
+    weights: dict[tuple, _WeightSpeed] = {}  # of each weight that is tried, by what it is
+    layers = {shape: _layer(shape, setting, weights) for shape in shapes}
     forward, backward = _glue(glue, setting)
     return Speed(layers, forward, backward, _write())
 
 
-def _layer(shape: LayerShape, setting: Setting) -> LayerSpeed:
+def _layer(shape: LayerShape, setting: Setting, known: dict[tuple, _WeightSpeed]) -> LayerSpeed:
     forward, backward = _product(shape, setting)
     if shape.spec is None:
-        return LayerSpeed(forward, backward, 0.0, 0.0, 0.0)
+        return LayerSpeed(forward, backward, 0.0, 0.0, 0.0, 0.0, 0.0)
+    key = shape.in_features, shape.spec, _rows(shape, SAMPLE_WEIGHTS), _rows(shape, STEP_WEIGHTS)
+    if key not in known:
+        known[key] = _weight(shape, setting)
+    return LayerSpeed(forward, backward, _watching(shape, setting), *known[key])
+
+
+def _weight(shape: LayerShape, setting: Setting) -> _WeightSpeed:
     family = data_type(shape.spec.data_type)
     task = _sample(shape, SAMPLE_WEIGHTS, setting)
     quantize = best(lambda: family.quantize(task), setting.device) / task.weight.numel()
     wide = dataclasses.replace(_sample(shape, STEP_WEIGHTS, setting), search=False)
     read = _reading(family.quantize(wide)) / wide.weight.numel()
-    if not setting.tune:
-        return LayerSpeed(forward, backward, quantize, read, 0.0)
-    tune = _tuning_step(family.tunable(wide), setting) / wide.weight.numel()
-    return LayerSpeed(forward, backward, quantize, read, tune)
+    if setting.rule is None:
+        return _WeightSpeed(quantize, read)
+    judge, tune = _tuning(family.tunable(wide), setting)
+    return _WeightSpeed(quantize, read, judge / wide.weight.numel(), tune / wide.weight.numel())
 
 
 def _reading(tensor: QuantizedTensor) -> float:
@@ -126,9 +153,12 @@ def _reading(tensor: QuantizedTensor) -> float:
 
 def _sample(shape: LayerShape, most: int, setting: Setting) -> WeightTask:
     """The first rows of a layer of that shape; whole blocks of them, as formats with blocks of rows need."""
-    rows = min(shape.out_features, max(128, most // shape.in_features // 128 * 128))
-    weight = setting.random(rows, shape.in_features)
+    weight = setting.random(_rows(shape, most), shape.in_features)
     return WeightTask(weight, shape.spec, weight.float().square().mean(0), setting.search)
+
+
+def _rows(shape: LayerShape, most: int) -> int:
+    return min(shape.out_features, max(128, most // shape.in_features // 128 * 128))
 
 
 def _product(shape: LayerShape, setting: Setting) -> tuple[float, float]:
@@ -143,20 +173,32 @@ def _product(shape: LayerShape, setting: Setting) -> tuple[float, float]:
     return ahead * scale, back * scale
 
 
-def _tuning_step(tunable, setting: Setting) -> float:
-    """One step: quantize and dequantize with gradients, then momentum and a signed step."""
-    momentum = [torch.zeros_like(parameter) for parameter in tunable.parameters.values()]
+def _watching(shape: LayerShape, setting: Setting) -> float:
+    """Seconds for each token of what is collected of a layer's inputs while the original runs."""
+    x, layer = setting.random(shape.rows, shape.in_features), torch.nn.Identity()
+    with inputs_of({"layer": layer}):
+        return best(lambda: layer(x), setting.device) / shape.rows
 
-    def step() -> None:
-        quantized = tunable.fake_quantize(setting.dtype)
-        torch.autograd.backward(quantized, torch.ones_like(quantized))
+
+def _tuning(tunable: Tunable, setting: Setting) -> tuple[float, float]:
+    """Seconds of rounding a weight, and of a step as tuning takes it: rounding, its gradient, and the rule's move."""
+    rule = setting.rule()
+
+    @torch.no_grad()
+    def rounded() -> torch.Tensor:
+        return tunable.fake_quantize(setting.dtype)
+
+    gradient = torch.ones_like(rounded())
+
+    def move() -> None:
+        tunable.fake_quantize(gradient.dtype).backward(gradient)
         with torch.no_grad():
-            for parameter, kept in zip(tunable.parameters.values(), momentum, strict=True):
-                gradient = kept.mul_(0.5).add_(parameter.grad)
-                parameter.sub_(gradient.sign(), alpha=1e-4)
+            for kind, parameter in tunable.parameters.items():
+                rule.move(parameter, kind, 1.0)
                 parameter.grad = None
 
-    return best(step, setting.device)
+    judge = best(rounded, setting.device)
+    return judge, judge + best(move, setting.device)
 
 
 def _glue(glue: Glue, setting: Setting) -> tuple[float, float]:
@@ -200,7 +242,7 @@ def _there_and_back(
 
     with torch.no_grad():
         ahead = best(forward, setting.device)
-    if not setting.tune:
+    if setting.rule is None:
         return ahead, 0.0
     for tensor in inputs:
         tensor.requires_grad_()
@@ -220,6 +262,13 @@ def _write() -> float:
 
     data = bytes(1 << 22)
     return best(lambda: (hashlib.sha256(data), hashlib.sha256(data), bytearray(data)), torch.device("cpu")) / len(data)
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second that a large matrix product reaches: the floor of a block's tuning."""
+    size = 8192 if device.type == "cuda" else 2048
+    one, other = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    return 2 * size**3 / best(lambda: one @ other, device)
 
 
 def best(action: Callable[[], object], device: torch.device) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from auto_round.budget import Working
 from auto_round.calibration.block_io import micro_batch
 from auto_round.calibration.feed import vocabulary_size
 from auto_round.compressors.experts import expert_groups
@@ -59,7 +60,8 @@ class Workload:
 
     outside_bytes: of the parameters outside blocks, of which embedding_bytes are looked up and not multiplied.
     head: weights of the output layer. micro: tokens of one forward. check_tokens: on which original and result are
-    compared. noisy: whether the quantized model's own activations are followed, too.
+    compared. noisy: whether the quantized model's own activations are followed, too. moments: bytes that the algorithm
+    keeps of each weight between steps.
     """
 
     blocks: tuple[BlockKind, ...]
@@ -77,6 +79,7 @@ class Workload:
     check_tokens: int
     tune: TuneSettings
     needs_data: bool
+    moments: int = 2
 
     @property
     def tokens(self) -> int:
@@ -85,7 +88,7 @@ class Workload:
 
     @property
     def noisy(self) -> bool:
-        return self.tune.enable_quanted_input
+        return self.tune.enable_quanted_input and self.tune.iters > 0
 
     @property
     def shapes(self) -> list[LayerShape]:
@@ -94,13 +97,22 @@ class Workload:
 
 
 def workload(
-    streamed: StreamedModel, plan: ModelPlan, tune: TuneSettings, samples: int, length: int, needs_data: bool
+    streamed: StreamedModel,
+    plan: ModelPlan,
+    tune: TuneSettings,
+    samples: int,
+    length: int,
+    needs_data: bool,
+    working: Working | None = None,
+    moments: int = 2,
 ) -> Workload:
-    """The numbers of a run over `samples` samples of `length` tokens."""
+    """The numbers of a run over `samples` samples of `length` tokens. working: None for the usual micro-batch."""
     model, device = streamed.model, streamed.device
     config = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    micro = min(micro_batch([length], device, tune.batch_size), samples) * length if needs_data else CHECK_TOKENS
+    spread = expert_spread(plan, config)
+    together = (working or Working()).micro(min(micro_batch([length], device, tune.batch_size, spread), samples))
+    micro = together * length if needs_data else CHECK_TOKENS
     members: dict[str, list[LayerPlan]] = {name: [] for name in plan.block_names}
     outside: list[LayerPlan] = []
     for layer in plan.layers.values():
@@ -129,6 +141,7 @@ def workload(
         check_tokens=min(check, CHECK_SAMPLES * length),
         tune=tune,
         needs_data=needs_data,
+        moments=moments,
     )
 
 
@@ -143,6 +156,19 @@ def _tables(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [weight for weight in found if output is None or weight is not getattr(output, "weight", None)]
 
 
+def _chosen(config: Any) -> int:
+    """Experts that a token visits; 0 where there are none."""
+    return next((v for name in TOP_K if (v := _value(config, name)) is not None), 0)
+
+
+def expert_spread(plan: ModelPlan, config: Any) -> float:
+    """Experts of a block for each that a token visits, of the block with the most; 1 for a model without experts."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    chosen = _chosen(config)
+    groups = expert_groups(plan.layers) if chosen else {}
+    return max((len(names) / chosen for names in groups.values()), default=1.0)
+
+
 def _kinds(
     streamed: StreamedModel, members: Mapping[str, list[LayerPlan]], config: Any, micro: int
 ) -> tuple[BlockKind, ...]:
@@ -151,7 +177,7 @@ def _kinds(
     for block, layers in members.items():
         key = Counter((one.info.out_features, one.info.in_features, one.scheme.weight) for one in layers)
         alike.setdefault((frozenset(key.items()), _nbytes(streamed.model.get_submodule(block))), []).append(block)
-    chosen = next((v for name in TOP_K if isinstance(v := getattr(config, name, None), int)), 0)
+    chosen = _chosen(config)
     return tuple(_kind(tuple(names), members[names[0]], key[1], chosen, micro) for key, names in alike.items())
 
 
@@ -190,11 +216,19 @@ def _stored(layer: LayerPlan) -> int:
     return layer.info.numel * layer.scheme.bits // 8 + 3 * groups
 
 
+def _value(config: Any, name: str) -> int | None:
+    """A number of a configuration; None where it has none, or one of its own for each layer."""
+    try:
+        found = getattr(config, name, None)
+    except Exception:  # Transformers' own for values that differ between layers, which is no AttributeError
+        return None
+    return found if isinstance(found, int) else None
+
+
 def _glue(config: Any, blocks: tuple[BlockKind, ...], length: int) -> Glue:
-    hidden = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+    hidden = _value(config, "hidden_size") or _value(config, "d_model")
     if not isinstance(hidden, int):
         hidden = min((shape.in_features for kind in blocks for shape in kind.layers), default=64)
-    heads = getattr(config, "num_attention_heads", 0)
-    heads = heads if isinstance(heads, int) else 0
-    size = getattr(config, "head_dim", None) or (hidden // heads if heads else 0)
+    heads = _value(config, "num_attention_heads") or 0
+    size = _value(config, "head_dim") or (hidden // heads if heads else 0)
     return Glue(hidden, max((kind.channels for kind in blocks), default=hidden), heads, size, length)

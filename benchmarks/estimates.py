@@ -1,11 +1,11 @@
-"""Estimates beside what runs really took: memory and time of small models in three recipes.
+"""Estimates beside what runs really took: memory and time of small models in four recipes.
 
 Every run is a fresh process that quantizes, saves and verifies; its report holds the estimate made before the start.
 The same estimate is made once more by `auto-round plan` in a process of its own, from headers alone. The error is
 estimate over measurement, less one. Measured time is that of `quantize_and_save` without estimating. Speed is measured
 and compared in processor time, on one thread, so that a machine may do other things, too; wall time is shown beside it.
 
-    python benchmarks/estimates.py --folder DIR [--model FOLDER …] [--sizes 512x4,1024x2] [--python PYTHON]
+    python benchmarks/estimates.py --folder DIR [--model FOLDER …] [--sizes 512x4,1024x2,512x4x32] [--python PYTHON]
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from streaming import config, shapes
 RECIPES: dict[str, dict] = {
     "rtn": {"iters": 0, "disable_opt_rtn": True},
     "opt_rtn": {"iters": 0, "nsamples": 16, "seqlen": 512},
-    "iters 10": {"iters": 10, "nsamples": 16, "seqlen": 512},
+    "signround 10": {"iters": 10, "nsamples": 16, "seqlen": 512},
+    "adamround 10": {"iters": 10, "nsamples": 16, "seqlen": 512, "enable_adam": True},
 }
 
 CLOCK = """
@@ -37,7 +38,11 @@ auto_round.speed.time = types.SimpleNamespace(perf_counter=time.process_time)
 PLAN = CLOCK + "from auto_round.cli.main import main; main(['plan', *sys.argv[1:]])"
 WORKER = f"""{CLOCK}
 from auto_round import AutoRound
+import auto_round.algorithms.tuning as tuning
 import auto_round.compressors.base as base
+import auto_round.compressors.saving as saving
+for module in (tuning, base, saving):
+    module.time = types.SimpleNamespace(monotonic=time.process_time)
 real, spent = base.check_fits, []
 def timed(*given):
     began, worked = time.perf_counter(), time.process_time()
@@ -55,19 +60,40 @@ print(json.dumps({{"seconds": took, "worked": worked, "peak": peak, "estimating"
                   "estimate": run.report["estimate"]}}))
 """
 MIB = 1 << 20
+HEAD_DIM, CHOSEN = 64, 4  # channels of a head; experts that a token visits
 
 
-def make(folder: Path, hidden: int, layers: int) -> None:
-    """A random Llama in one file."""
+def make(folder: Path, hidden: int, layers: int, experts: int = 0) -> None:
+    """A random Llama in one file; with experts, a Qwen3-MoE."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = config(layers, hidden)
+    made, named = config(layers, hidden), shapes(layers, hidden)
+    if experts:
+        made, named = with_experts(made, named, experts)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: (torch.ones(shape) if len(shape) == 1 else torch.randn(shape, generator=generator) * 0.02).bfloat16()
-        for name, shape in shapes(layers, hidden).items()
+        for name, shape in named.items()
     }
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(made))
+
+
+def with_experts(made: dict, named: dict[str, tuple[int, ...]], count: int) -> tuple[dict, dict]:
+    """The same attention, with experts half as wide as the hidden states in the place of the other layers."""
+    hidden = made["hidden_size"]
+    wide = hidden // 2
+    kept = {name: shape for name, shape in named.items() if ".mlp." not in name}
+    for i in range(made["num_hidden_layers"]):
+        base = f"model.layers.{i}"
+        kept |= {f"{base}.self_attn.{name}_norm.weight": (HEAD_DIM,) for name in "qk"}
+        kept[f"{base}.mlp.gate.weight"] = (count, hidden)
+        for expert in range(count):
+            own = f"{base}.mlp.experts.{expert}"
+            kept |= {f"{own}.{name}_proj.weight": (wide, hidden) for name in ("gate", "up")}
+            kept[f"{own}.down_proj.weight"] = (hidden, wide)
+    changed = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "head_dim": HEAD_DIM}
+    sizes = {"num_experts": count, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": wide, "norm_topk_prob": True}
+    return {**made, **changed, **sizes}, kept
 
 
 def measure(python: str, model: Path, output: Path, recipe: dict) -> dict:
@@ -75,7 +101,9 @@ def measure(python: str, model: Path, output: Path, recipe: dict) -> dict:
     shutil.rmtree(output, ignore_errors=True)
     planned = plan(python, model, recipe)
     command = [python, "-c", WORKER, str(model), str(output), json.dumps(recipe)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
     shutil.rmtree(output, ignore_errors=True)
     return {**json.loads(done.stdout.splitlines()[-1]), "planned": planned}
 
@@ -124,17 +152,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where models, results and records go")
     parser.add_argument("--model", type=Path, action="append", default=[], help="a model folder with a tokenizer")
-    parser.add_argument("--sizes", default="512x4,1024x2", help="random Llamas: hidden size x layers")
+    parser.add_argument(
+        "--sizes", default="512x4,1024x2,512x4x32", help="random models: hidden size x layers [x experts]"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer the random models get")
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--recipes", default=",".join(RECIPES))
     arguments = parser.parse_args()
     models = list(arguments.model)
     for size in filter(None, arguments.sizes.split(",")):
-        hidden, layers = map(int, size.split("x"))
-        folder = arguments.folder / f"llama-{size}"
+        numbers = [int(number) for number in size.split("x")]
+        folder = arguments.folder / f"{'moe' if len(numbers) == 3 else 'llama'}-{size}"
         if not (folder / "config.json").exists():
-            make(folder, hidden, layers)
+            make(folder, *numbers)
         for file in (arguments.tokenizer or arguments.model[0]).glob("tokenizer*"):
             shutil.copy(file, folder)
         models.append(folder)

@@ -2,9 +2,10 @@
 
 Makes a random Llama of about 4 GiB in 8 shards (no model is ever built: shards are written tensor by tensor), runs
 round-to-nearest W4A16 on it in a fresh process, and prints that process's peak memory above the bare import of torch
-and transformers, and its time.
+and transformers, and its time. With `--nsamples` scales are searched on so many samples, which pass through all blocks.
+Several numbers of layers, one after the other, show that memory does not grow with them.
 
-    python benchmarks/streaming.py --folder DIR [--layers 40] [--shards 8] [--python PYTHON]
+    python benchmarks/streaming.py --folder DIR [--layers 40,80] [--nsamples 16] [--shards 8] [--python PYTHON]
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ import torch, transformers
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 bare, began = peak(), time.perf_counter()
 from auto_round import AutoRound
-run = AutoRound(sys.argv[1], scheme="W4A16", iters=0, disable_opt_rtn=True, device_map="cpu", show_progress=False)
+options = json.loads(sys.argv[3])
+run = AutoRound(sys.argv[1], scheme="W4A16", iters=0, device_map="cpu", show_progress=False, **options)
 _, folder = run.quantize_and_save(sys.argv[2])
 print(json.dumps({"bare_mb": bare, "peak_mb": peak(), "above_mb": peak() - bare,
-                  "seconds": time.perf_counter() - began, "times": run.report["times"],
+                  "seconds": time.perf_counter() - began, "working": run.report["working"],
+                  "times": run.report["times"],
                   "checks": run.report["checks"], "kl": run.report["kl"], "sizes": run.report["sizes"]}))
 """
 
@@ -50,6 +53,13 @@ def config(layers: int, hidden: int = HIDDEN) -> dict:
     }
 
 
+def options(nsamples: int) -> dict:
+    if not nsamples:
+        return {"disable_opt_rtn": True}
+    ids = torch.randint(VOCABULARY, (nsamples + 4, 512), generator=torch.Generator().manual_seed(1))
+    return {"dataset": ids.tolist(), "nsamples": nsamples, "seqlen": 512}
+
+
 def shapes(layers: int, hidden: int = HIDDEN) -> dict[str, tuple[int, ...]]:
     wide = hidden * INTERMEDIATE // HIDDEN
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
@@ -62,10 +72,10 @@ def shapes(layers: int, hidden: int = HIDDEN) -> dict[str, tuple[int, ...]]:
     return {**found, "model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}
 
 
-def make(folder: Path, layers: int, shards: int) -> None:
+def make(folder: Path, layers: int, shards: int, hidden: int = HIDDEN) -> None:
     """Write the random checkpoint; every shard in its turn, so this needs one shard of memory."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = list(shapes(layers).items())
+    names = list(shapes(layers, hidden).items())
     generator = torch.Generator().manual_seed(0)
     weight_map, size = {}, -(-len(names) // shards)
     for index in range(shards):
@@ -80,22 +90,26 @@ def make(folder: Path, layers: int, shards: int) -> None:
     total = sum(torch.Size(shape).numel() * 2 for _, shape in names)
     index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
-    (folder / "config.json").write_text(json.dumps(config(layers)))
+    (folder / "config.json").write_text(json.dumps(config(layers, hidden)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint and the result go")
-    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--layers", default="40", help="numbers of layers")
+    parser.add_argument("--hidden", type=int, default=HIDDEN)
+    parser.add_argument("--nsamples", type=int, default=0, help="calibration samples of 512 tokens; 0: plain rounding")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--python", default=sys.executable)
     arguments = parser.parse_args()
-    source = arguments.folder / f"random-llama-{arguments.layers}"
-    if not (source / "config.json").exists():
-        make(source, arguments.layers, arguments.shards)
-    command = [arguments.python, "-c", WORKER, str(source), str(arguments.folder / "out")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    print(done.stdout.splitlines()[-1])
+    for layers in map(int, arguments.layers.split(",")):
+        source = arguments.folder / f"random-llama-{layers}"
+        if not (source / "config.json").exists():
+            make(source, layers, arguments.shards, arguments.hidden)
+        given = json.dumps(options(arguments.nsamples))
+        command = [arguments.python, "-c", WORKER, str(source), str(arguments.folder / "out"), given]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        print(f"{layers} layers: {done.stdout.splitlines()[-1]}", flush=True)
 
 
 if __name__ == "__main__":

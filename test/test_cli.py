@@ -21,7 +21,7 @@ from auto_round.cli import main as cli
 from auto_round.cli.main import main
 from auto_round.cli.parser import UsageError, layer_config
 from auto_round.cli.quantize import _ACCEPTED, _OWN, ABSENT, make_parser, settings_for
-from auto_round.compressors import saving
+from auto_round.compressors import verifying
 from auto_round.compressors.base import Compressor
 from auto_round.formats import FORMATS
 from auto_round.schemes import FIELD_NAMES, PRESET_SCHEMES
@@ -193,7 +193,7 @@ def test_recipes_fill_only_what_is_unset(recipe):
         ("--no-enable_minmax_tuning", {"enable_minmax_tuning": False}),
         ("--enable_torch_compile --algs sign_round", {"enable_torch_compile": True, "algorithm": "signround"}),
         ("--minmax_lr 0 --lr 0.01", {"minmax_lr": 0.0, "lr": 0.01}),
-        ("--disable_trust_remote_code --platform hf --disable_low_cpu_mem_usage --debug", {}),
+        ("--disable_trust_remote_code --platform hf --disable_low_cpu_mem_usage --debug", {"low_cpu_mem_usage": False}),
         ("--trust_remote_code", {"trust_remote_code": True}),
     ],
 )
@@ -368,7 +368,7 @@ def test_full_disk(capsys, monkeypatch, tiny_dir, out):
 
 
 def test_failed_check(capsys, monkeypatch, tiny_dir, out):
-    monkeypatch.setattr(saving, "codes_problem", lambda *a: "layer 7 is not what it was")
+    monkeypatch.setattr(verifying, "codes_problem", lambda *a: "layer 7 is not what it was")
     line = fails(capsys, 1, tiny_dir, *ROUND, "--output_dir", out)
     assert "reloaded = quantized" in line and "layer 7 is not what it was" in line
     assert not (out / "tiny-w4g32").exists()

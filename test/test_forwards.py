@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from auto_round.calibration.block_io import Placement
 from auto_round.calibration.forwards import BlockCall, Forwards, PausedForward, ReplayError, _Worker, pausing
 from auto_round.calibration.native import NativeRun, run_native
 from auto_round.calibration.pager import SMALL, Pager
-from auto_round.compressors.chain import Chain
+from auto_round.compressors.chain import Chain, inputs_of
 from auto_round.modeling.streaming import StreamedModel
 
 SIZE, WORDS, LENGTH = 64, 50, 64  # a sample's hidden states are as large as what a pager puts away
@@ -98,15 +99,16 @@ def first(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
-def follow(model: nn.Module, given: list[Any], folder: Path, budget: int = 1 << 30, batch: int = 2) -> list[Any]:
+def follow(model: nn.Module, given: list[Any], folder: Path, keep: str = "memory", batch: int = 2) -> list[Any]:
     """Pass samples through the chain with unchanged blocks: (block, [hidden state], [wanted output]) at each place."""
     native = native_of(model)
-    chain = Chain(model, native, given, Placement(torch.device("cpu"), budget, folder), PLAIN, batch)
+    chain = Chain(model, native, given, Placement(torch.device("cpu"), keep, folder), PLAIN, batch)
     met = []
     try:
         while chain.place is not None:
             module = model.get_submodule(chain.place[0])
             chain.observe(module)
+            chain.witness(module)
             io = chain.io()
             calls = [io.arguments([index]) for index in range(len(given))]
             hidden = [args[0].clone() for args, _ in calls]
@@ -361,7 +363,7 @@ def test_samples_of_different_lengths(tmp_path):
     model = Toy()
     check_followed(model, given, tmp_path)
     native = native_of(model)
-    chain = Chain(model, native, given, Placement(torch.device("cpu"), 1 << 30, tmp_path), PLAIN, 4)
+    chain = Chain(model, native, given, Placement(torch.device("cpu"), "memory", tmp_path), PLAIN, 4)
     try:
         chain.observe(model.blocks[0])
         parts = chain.io().split(range(len(given)), 4)
@@ -557,7 +559,7 @@ def test_a_file_gives_the_same_bits(tmp_path):
     in_file.mkdir()
     given = [*samples(3), *samples(2, length=80)]
     plain = check_followed(Busy(), given, in_memory)
-    paged = follow(Busy(), given, in_file, budget=0)
+    paged = follow(Busy(), given, in_file, keep="file")
     assert [name for name, _, _ in plain] == [name for name, _, _ in paged]
     for (_, hidden, targets), (_, hidden_too, targets_too) in zip(plain, paged, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(hidden + targets, hidden_too + targets_too, strict=True))
@@ -567,14 +569,52 @@ def test_a_file_gives_the_same_bits(tmp_path):
 def test_waiting_samples_are_empty_and_files_removed(tmp_path):
     model = Busy()
     native = native_of(model)
-    chain = Chain(model, native, samples(4), Placement(torch.device("cpu"), 0, tmp_path), PLAIN, 2)
+    chain = Chain(model, native, samples(4), Placement(torch.device("cpu"), "file", tmp_path), PLAIN, 2)
     held = [chain.clean.call(index).args[0].untyped_storage().nbytes() for index in range(3)]
-    assert held == [0, 0, 0] and any(tmp_path.iterdir())
+    assert held == [0, 0, 0] and not list(tmp_path.iterdir())  # the files have no names any more
     assert chain.clean.leaves(0)[0].shape == (1, LENGTH, SIZE)  # read back, without filling the tensor
     assert chain.clean.call(0).args[0].untyped_storage().nbytes() == 0
     chain.observe(model.blocks[0])
     chain.close()
     assert not list(tmp_path.iterdir()) and not live_workers()
+
+
+def test_samples_that_ran_alone_are_put_away_again(tmp_path):
+    """Long samples run one by one: memory holds one of them, not all that had their turn."""
+    model = Busy()
+    chain = Chain(model, native_of(model), samples(4), Placement(torch.device("cpu"), "file", tmp_path), PLAIN, 1)
+    chain.micro.size = 1
+    with contextlib.closing(chain):
+        for block in model.blocks:
+            chain.observe(block)
+            chain.witness(block)
+            held = [chain.clean.call(index).args[0].untyped_storage().nbytes() for index in range(4)]
+            assert held == [0, 0, 0, 0]
+            chain.advance(block)
+
+
+class OnHost(Placement):
+    """As for an accelerator whose samples wait in the host's memory: tensors are copied and emptied."""
+
+    def pager(self, name: str) -> Pager:
+        return Pager(None)
+
+
+def test_samples_that_wait_on_the_host(tmp_path, monkeypatch):
+    given = [*samples(3), *samples(2, length=80)]
+    plain = follow(Busy(), given, tmp_path)
+    monkeypatch.setattr(sys.modules[__name__], "Placement", OnHost)
+    hosted = follow(Busy(), given, tmp_path)
+    for (_, hidden, targets), (_, hidden_too, targets_too) in zip(plain, hosted, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(hidden + targets, hidden_too + targets_too, strict=True))
+
+
+def test_the_check_row_is_no_sample(tmp_path):
+    model = Toy()
+    chain = Chain(model, native_of(model), samples(2), Placement(torch.device("cpu"), "memory", tmp_path), PLAIN, 2)
+    with contextlib.closing(chain), inputs_of({"linear": model.blocks[0].linear}) as seen:
+        chain.observe(model.blocks[0])
+    assert seen["linear"].tokens == 2 * LENGTH
 
 
 def test_files_are_removed_after_an_error(tmp_path):
@@ -588,10 +628,11 @@ def test_files_are_removed_after_an_error(tmp_path):
 
     model = Toy(Block(), Failing(), Block())
     native = native_of(model)
-    chain = Chain(model, native, samples(3), Placement(torch.device("cpu"), 0, tmp_path), PLAIN, 2)
+    chain = Chain(model, native, samples(3), Placement(torch.device("cpu"), "file", tmp_path), PLAIN, 2)
     model.blocks[1].broken = True
     with contextlib.closing(chain), pytest.raises(ValueError, match="later"):
         chain.observe(model.blocks[0])
+        chain.witness(model.blocks[0])
         chain.advance(model.blocks[0])
         chain.observe(model.blocks[1])
     assert not list(tmp_path.iterdir()) and not live_workers() and model.begun == model.ended
@@ -603,8 +644,9 @@ def big(seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pages_come_back_as_they_were(tmp_path, dtype):
-    pager = Pager(tmp_path / "pages")
+@pytest.mark.parametrize("name", ["pages", None])
+def test_pages_come_back_as_they_were(tmp_path, dtype, name):
+    pager = Pager(name and tmp_path / name)
     tensor = big(dtype=dtype)
     expected = tensor.clone()
     pager.evict(0, [tensor])
@@ -637,7 +679,7 @@ def test_a_freed_place_is_used_again(tmp_path):
         tensor = big(seed)
         pager.evict(0, [tensor])
         del tensor
-    assert (tmp_path / "pages").stat().st_size <= 3 * SMALL
+    assert pager._end <= 3 * SMALL
     pager.close()
 
 

@@ -212,6 +212,14 @@ class Forwards:
             self._pager.restore(index)
         return self._members[index].call
 
+    def rest(self, index: int, output: Any) -> None:
+        """Put a woken sample's tensors away again, unless `output`, which the call gave, shares memory with them."""
+        call = self._members[index].call
+        given = {leaf.untyped_storage().data_ptr() for leaf in call.tensors}
+        made = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        if not any(leaf.untyped_storage().data_ptr() in given for leaf in made):
+            self._evict(index, call)
+
     def resume(self, index: int, output: Any) -> None:
         self.wake(index)
         self._members[index].resume(output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from auto_round.calibration.block_io import Joint, main_tensor, own_leaf
 from auto_round.calibration.forwards import Amp, Batch, BlockCall, PausedForward, ReplayError, pausing
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.special_model_handler import ModelTraits, model_traits
+from auto_round.utils.device import is_out_of_memory
 
 REPLAY_TOKENS = 64  # of the first row, kept of each block's output
 REPLAY_TOLERANCE = 2e-2  # relative; batched and unbatched bf16 kernels round differently
@@ -50,6 +52,10 @@ class NativeRun:
     def blocks(self) -> tuple[str, ...]:
         """Blocks in the order of their first call."""
         return tuple(dict.fromkeys(block for block, _ in self.places))
+
+    def first_not_finite(self) -> str | None:
+        """The first block whose output holds NaN or Inf, as far as it was kept."""
+        return next((block for (block, _), output in self.outputs.items() if not output.isfinite().all()), None)
 
 
 @contextlib.contextmanager
@@ -83,6 +89,13 @@ def run_logits(model: nn.Module, batch: Batch, device: torch.device | str) -> to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return logits_of(model(**{key: value.to(device) for key, value in batch.items()})).cpu()
+
+
+def mapped(tensor: torch.Tensor, file: Path) -> torch.Tensor:
+    """The same CPU tensor in a mapped file, whose pages the system can take from the process; its name is gone."""
+    found = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    file.unlink()
+    return found.copy_(tensor)
 
 
 def first_row(batch: Batch) -> Batch:
@@ -119,7 +132,9 @@ def _start_row(model: nn.Module, run: NativeRun, row: PausedForward, amp: Amp):
     """The first row's forward; for a model that takes several rows for one sample, the whole batch's again."""
     try:
         return row, row.start()
-    except Exception:  # whatever a model raises that is given less than it needs
+    except Exception as error:  # whatever a model raises that is given less than it needs
+        if is_out_of_memory(error):
+            raise
         run.row = run.batch
         row.close()
         row = PausedForward(model, run.batch, amp)

@@ -1,8 +1,8 @@
-"""Keeps the large tensors of paused forwards in a file, so that memory is bounded by a sample.
+"""Keeps the large tensors of paused forwards elsewhere, so that a device's memory is bounded by a sample.
 
-A tensor is put away by writing its bytes and emptying its storage; the objects that the paused forward holds stay the
-same and are filled again before it runs on. The file is read and written with ordinary system calls: the operating
-system's page cache keeps what fits.
+A tensor is put away by copying its bytes and emptying its storage; the objects that the paused forward holds stay the
+same and are filled again before it runs on. Elsewhere is a file, read and written with ordinary system calls so that
+the operating system's page cache keeps what fits, or for an accelerator's tensors the memory of the host.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
+from auto_round.utils.files import read_at, write_at
+
 SMALL = 1 << 14  # bytes below which a tensor is not worth a system call
 
 
 @dataclass
 class _Page:
-    """Where a tensor lies in the file. version: of the tensor's contents when they were written."""
+    """Where a tensor lies. version: of the tensor's contents when they were written."""
 
     tensor: weakref.ref
     offset: int
@@ -31,11 +33,13 @@ class _Page:
 
 
 class Pager:
-    """A file of tensors. `evict` and `restore` go by sample; `read` gives one tensor's values and leaves it empty."""
+    """Tensors in a file, or on the host (None).
 
-    def __init__(self, file: Path):
-        self._path = file
-        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    `evict` and `restore` go by sample; `read` gives one tensor's values and leaves it empty.
+    """
+
+    def __init__(self, file: Path | None):
+        self._shelf = _Host() if file is None else _File(file)
         self._end = 0
         self._free: dict[int, list[int]] = {}
         self._pages: dict[int, list[_Page]] = {}
@@ -77,15 +81,12 @@ class Pager:
         if not isinstance(leaf, torch.Tensor) or leaf.untyped_storage().nbytes() or not leaf.numel():
             return leaf
         page = next(p for pages in self._pages.values() for p in pages if p.tensor() is leaf)
-        copy = torch.empty(leaf.shape, dtype=leaf.dtype)
+        copy = torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
         self._fill(copy, page)
         return copy
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-            self._path.unlink(missing_ok=True)
+        self._shelf.close()
 
     def _alive(self, sample: int) -> list[_Page]:
         alive = []
@@ -103,25 +104,67 @@ class Pager:
         return offset
 
     def _write(self, tensor: torch.Tensor, offset: int) -> _Page:
-        os.pwrite(self._file, _bytes(tensor), offset)
+        self._shelf.put(offset, tensor)
         return _Page(weakref.ref(tensor), offset, tensor.nbytes, tensor._version)
 
     def _fill(self, tensor: torch.Tensor, page: _Page) -> None:
-        os.preadv(self._file, [_bytes(tensor)], page.offset)
+        self._shelf.get(page.offset, tensor)
+
+
+class _File:
+    """Tensors by their offset in a file, which is removed at the end."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._file: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        path.unlink()  # the open file stays, and even a killed process leaves nothing behind
+
+    def put(self, offset: int, tensor: torch.Tensor) -> None:
+        host = tensor.cpu()  # named, as its memory is written after `raw_bytes` has returned
+        write_at(self._file, raw_bytes(host), offset, self._path)
+
+    def get(self, offset: int, tensor: torch.Tensor) -> None:
+        """Fill a tensor."""
+        if tensor.device.type == "cpu":
+            read_at(self._file, raw_bytes(tensor), offset, self._path)
+            return
+        host = torch.empty(tensor.shape, dtype=tensor.dtype)
+        read_at(self._file, raw_bytes(host), offset, self._path)
+        tensor.copy_(host)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class _Host:
+    """Copies in the host's memory, by the offset that they would have in a file."""
+
+    def __init__(self):
+        self._copies: dict[int, torch.Tensor] = {}
+
+    def put(self, offset: int, tensor: torch.Tensor) -> None:
+        self._copies[offset] = tensor.detach().to("cpu", copy=True)
+
+    def get(self, offset: int, tensor: torch.Tensor) -> None:
+        tensor.copy_(self._copies[offset])
+
+    def close(self) -> None:
+        self._copies.clear()
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
     """Whether a tensor is large, and all of its storage: only then can the storage be emptied."""
     storage = tensor.untyped_storage()
     return (
-        tensor.device.type == "cpu"
-        and tensor.nbytes >= SMALL
-        and tensor.is_contiguous()
-        and storage.nbytes() == tensor.nbytes
-        and storage.resizable()
+        tensor.nbytes >= SMALL and tensor.is_contiguous() and storage.nbytes() == tensor.nbytes and storage.resizable()
     )
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's memory. Not through NumPy: a storage that NumPy has seen cannot be resized any more."""
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A contiguous tensor's memory, while somebody holds the tensor.
+
+    Not through NumPy: a storage that NumPy has seen cannot be resized any more.
+    """
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

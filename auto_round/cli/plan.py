@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import gc
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -32,7 +35,7 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     options = parser.parse(arguments)
     model, formats = the_model(options), check_output(options)
 
-    from auto_round.autoround import _dtype as known_dtype
+    from auto_round.autoround import known_dtype
     from auto_round.modeling.headers import open_headers
     from auto_round.utils.device import pick_device
 
@@ -40,7 +43,7 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     device = pick_device(settings.get("device_map", 0))
     trust, dtype = settings.get("trust_remote_code", False), known_dtype(settings.pop("model_dtype", None))
     began = time.monotonic()
-    with open_headers(model, trust, dtype, device) as streamed:
+    with _uncollected(), open_headers(model, trust, dtype, device) as streamed:
         found = make_plan(model, streamed, settings, formats, Path(options.output_dir))
     found["planning_seconds"] = round(time.monotonic() - began, 2)
     if options.json:
@@ -50,21 +53,36 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     return 1 if found["problems"] else 0
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Do not look for garbage: a model of experts is a million objects that all stay to the end of the command."""
+    wanted = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if wanted:
+            gc.enable()
+
+
 def make_plan(
     model: str, streamed: HeaderModel, settings: Mapping[str, Any], formats: str | None, folder: Path
 ) -> dict[str, Any]:
     """Everything that is known before the start, as plain values."""
     from auto_round.autoround import AutoRound
-    from auto_round.compressors.afford import estimate_run, output_sizes, possible_sizes, problems, resources, work_of
+    from auto_round.compressors import afford
     from auto_round.compressors.saving import layer_list
+    from auto_round.earlier import earlier_runs
     from auto_round.estimate import needed_samples
 
     tokenizer = SimpleNamespace(model_max_length=_longest(streamed.checkpoint.directory))
     compressor = AutoRound(streamed, tokenizer, **settings)
-    chosen = [compressor._bind(name) for name in (formats or compressor.default_format).split(",")]
-    sizes, plan, work = output_sizes(compressor, chosen), compressor.plan, work_of(compressor)
-    estimate = estimate_run(compressor, work, sizes)
-    memory, disk = problems(compressor, work, estimate, resources(folder, compressor.device))
+    chosen = [compressor.bind(name) for name in (formats or compressor.default_format).split(",")]
+    sizes, plan, work = afford.output_sizes(compressor, chosen), compressor.plan, afford.work_of(compressor)
+    estimate = afford.estimate_run(compressor, work, sizes)
+    memory, disk = afford.problems(
+        compressor, work, estimate, afford.allowed(compressor, afford.resources(folder, compressor.device))
+    )
     done = plan.quantized()
     return {
         "model": model,
@@ -76,8 +94,10 @@ def make_plan(
         "layers": layer_list(plan),
         "large_kept": _large_kept(compressor),
         "source_bytes": streamed.checkpoint.nbytes,
-        "output_bytes": possible_sizes(compressor, chosen[0], sizes[chosen[0].name]) | sizes,
+        "output_bytes": afford.possible_sizes(compressor, chosen[0], sizes[chosen[0].name]) | sizes,
         "estimate": estimate.to_dict(),
+        "working": {**dataclasses.asdict(compressor.working), "micro_tokens": work.micro},
+        "earlier": earlier_runs(folder).words(),
         "samples_for_experts": max((needed_samples(one, work) or 0 for one in estimate.experts), default=0) or None,
         "problems": [*memory, *disk],
         "warnings": list(compressor.warnings),
@@ -92,9 +112,11 @@ def _large_kept(compressor: Compressor) -> list[dict[str, Any]]:
 
 def _longest(directory: Path) -> int | None:
     """The tokenizer's limit on the length of a text, read without building it."""
+    from auto_round.modeling.reading import CheckpointError, read_json
+
     try:
-        limit = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
-    except (OSError, ValueError, AttributeError):
+        limit = read_json(directory / "tokenizer_config.json").get("model_max_length")
+    except CheckpointError:
         return None
     return int(limit) if isinstance(limit, (int, float)) and 0 < limit < 1e12 else None
 
@@ -162,7 +184,15 @@ def _needs(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     output = size(sum(disk["output"].values()))
     yield "disk", f"{size(disk['total'])}: result {output}, work folder {size(disk['work'])}{spilled}"
     stages = ", ".join(f"{name} {seconds(took)}" for name, took in estimate["seconds"].items() if took >= 0.05)
+    yield "works with", _working_words(found["working"], found["device"])
     yield "time", f"{seconds(estimate['total_seconds'])} as fast as this machine is now ({stages})"
+    if found["earlier"]:
+        yield "earlier runs here", f"estimates were off by: {found['earlier']}"
+
+
+def _working_words(working: Mapping[str, Any], device: str) -> str:
+    places = {"device": f"on {device}", "memory": "in RAM", "file": "in a file"}
+    return f"{working['micro_tokens']} tokens at once; activations of all samples wait {places[working['keep']]}"
 
 
 def _parts(memory: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from auto_round.algorithms import rule, state_bytes
+from auto_round.budget import DoesNotFitError, Working
 from auto_round.compressors.samples import longest_sample
+from auto_round.earlier import earlier_runs
 from auto_round.estimate import Estimate, estimate
 from auto_round.formats import FORMATS, make_format
 from auto_round.formats.base import ExportFormat
 from auto_round.formats.export import planned_bytes
+from auto_round.logger import logger
 from auto_round.plan import LayerPlan, ModelPlan, PlanError
 from auto_round.report import size
 from auto_round.speed import Setting, Speed, measure
@@ -24,10 +29,6 @@ from auto_round.workload import Workload, workload
 
 if TYPE_CHECKING:
     from auto_round.compressors.base import Compressor
-
-
-class DoesNotFitError(RuntimeError):
-    """A run that needs more memory than there is; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Resources:
     vram: int | None = None
 
 
+_DIGITS = re.compile(r"\d+")
+
+
 def resources(folder: Path, device: torch.device) -> Resources:
     """What there is now. folder: where the result goes; it need not exist."""
     while not folder.exists() and folder != folder.parent:
@@ -47,23 +51,41 @@ def resources(folder: Path, device: torch.device) -> Resources:
     return Resources(free_memory(), shutil.disk_usage(folder).free, vram)
 
 
-def work_of(run: Compressor) -> Workload:
-    """A run's workload under its present settings."""
+def allowed(run: Compressor, there: Resources) -> Resources:
+    """What the run may have of what there is."""
+    told = None if run.budget.ram is None else max(0, run.budget.ram - resident_bytes())
+    free = None if there.ram is None else there.ram // run.ranks.here  # all ranks of a machine need as much
+    ram = [limit for limit in (free, told) if limit is not None]
+    vram = [limit for limit in (there.vram, run.budget.of(run.device)) if limit is not None]
+    return Resources(min(ram, default=None), there.disk, min(vram, default=None))
+
+
+def work_of(run: Compressor, working: Working | None = None) -> Workload:
+    """A run's workload under its present settings: that of one rank. working: None for what was chosen."""
     length = longest_sample(run.calibration.seqlen, run.model, run.tokenizer)
-    return workload(run.streamed, run.plan, run.tune, run.calibration.nsamples, length, run.needs_data)
+    chosen = run.working if working is None else working
+    asked = (run.plan, run.tune, run.calibration, chosen.halvings)
+    for known, work in run.workloads:  # to count a hundred experts in each of a hundred blocks takes seconds
+        if all(one is other for one, other in zip(known, asked, strict=True)):
+            return work
+    moments = state_bytes(run.algorithm_name, run.tune)
+    samples = -(-run.calibration.nsamples // run.ranks.world)
+    wanted = (run.tune, samples, length, run.needs_data)
+    run.workloads.append((asked, workload(run.streamed, run.plan, *wanted, chosen, moments)))
+    return run.workloads[-1][1]
 
 
 def speed_of(run: Compressor, work: Workload) -> Speed:
     """How fast this machine is at the run's work."""
-    tune = bool(work.tune.iters) and work.needs_data
+    moves = rule(run.algorithm_name, work.tune) if work.tune.iters and work.needs_data else None
     dtype = getattr(run.model, "dtype", torch.float32)
-    return measure(work.shapes, work.glue, Setting(run.device, dtype, run.amp, work.tune.search, tune))
+    return measure(work.shapes, work.glue, Setting(run.device, dtype, run.amp, work.tune.search, moves))
 
 
 def estimate_run(run: Compressor, work: Workload, output: Mapping[str, int]) -> Estimate:
     """What a run will need. output: format → bytes of its weights."""
     libraries = resident_bytes()  # before measuring, which leaves buffers behind
-    return estimate(work, output, libraries, run.activation_budget, speed_of(run, work))
+    return estimate(work, output, libraries, run.working, speed_of(run, work))
 
 
 def output_sizes(run: Compressor, formats: Sequence[ExportFormat]) -> dict[str, int]:
@@ -77,28 +99,37 @@ def possible_sizes(run: Compressor, known: ExportFormat, nbytes: int) -> dict[st
     """
     if known.plain:
         return {known.name: nbytes}
-    rest = nbytes - _packed_bytes(known, run.plan)
+    plan, counts = _one_of_each(run.plan)
+    rest = nbytes - _packed_bytes(known, plan, counts)
     found: dict[str, int] = {}
     for name in FORMATS:
         try:
-            fmt = make_format(name, run.plan)
+            fmt = make_format(name, plan)
         except PlanError:
             continue
         if not fmt.plain:
-            found[name] = rest + _packed_bytes(fmt, run.plan)
+            found[name] = rest + _packed_bytes(fmt, plan, counts)
     return found
 
 
-def _packed_bytes(fmt: ExportFormat, plan: ModelPlan) -> int:
-    """Bytes of all layers as a format stores them; layers that differ in their names alone are laid out once."""
-    known: dict[tuple, int] = {}
+def _one_of_each(plan: ModelPlan) -> tuple[ModelPlan, dict[str, int]]:
+    """The plan with one of all layers that differ in the numbers of their names alone, and for how many each stands."""
+    first: dict[tuple, str] = {}
+    counts: dict[str, int] = {}
+    for name, layer in plan.quantized().items():
+        key = (_DIGITS.sub("#", name), _anonymous(layer), layer.scheme)
+        lead = first.setdefault(key, name)
+        counts[lead] = counts.get(lead, 0) + 1
+    kept = {name: layer for name, layer in plan.layers.items() if name in counts or not layer.is_quantized}
+    return dataclasses.replace(plan, layers=kept), counts
+
+
+def _packed_bytes(fmt: ExportFormat, plan: ModelPlan, counts: Mapping[str, int]) -> int:
+    """Bytes of all layers as a format stores them."""
     total = 0
-    for layer in plan.quantized().values():
-        key = (_anonymous(layer), layer.scheme)
-        if key not in known:
-            layout = fmt.layout(layer).values()
-            known[key] = sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in layout)
-        total += known[key]
+    for name, layer in plan.quantized().items():
+        layout = fmt.layout(layer).values()
+        total += counts[name] * sum(torch.Size(part.shape).numel() * part.dtype.itemsize for part in layout)
     return total
 
 
@@ -113,11 +144,14 @@ def check_fits(run: Compressor, formats: Sequence[ExportFormat], base: Path, for
     Raises:
         DoesNotFitError: too little memory. OSError: too little disk space. Both say what to change.
     """
+    words = earlier_runs(base.parent).words()
+    if words:
+        logger.info("estimates of earlier runs here: %s", words)
     work = work_of(run)
     found = estimate_run(run, work, output_sizes(run, formats))
     kept = base.with_name(base.name + ".work")
     existing = sum(file.stat().st_size for file in kept.rglob("*.safetensors")) if kept.is_dir() else 0
-    memory, disk = problems(run, work, found, resources(base.parent, run.device), existing)
+    memory, disk = problems(run, work, found, allowed(run, resources(base.parent, run.device)), existing)
     said = [*memory, *disk]
     if said and not force:
         kind = DoesNotFitError if memory else OSError
@@ -168,7 +202,7 @@ def _advice(run: Compressor, work: Workload, found: Estimate, there: Resources) 
     """The mildest change of settings with which the run fits."""
     largest = max(found.disk.output.values(), default=0)
     for words, changed in _lighter(work):
-        other = estimate(changed, {"": largest}, resident_bytes(), run.activation_budget)
+        other = estimate(changed, {"": largest}, resident_bytes(), run.working)
         if other.ram.total - resident_bytes() <= (there.ram or 0) and _fits_device(other, there):
             return f"with {words} it fits"
     return "no setting makes it fit, so it needs a machine with more memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -40,6 +41,7 @@ class LazyImport:
         return self.resolve()(*args, **kwargs)
 
 
+@functools.cache
 def _conv1d() -> type[nn.Module]:
     from transformers.pytorch_utils import Conv1D  # stores its weight [in, out]
 
@@ -58,8 +60,8 @@ SHARED_CACHE_KEYS: tuple[str, ...] = ("position_ids", "cache_position", "positio
 def is_supported_layer(module: nn.Module) -> bool:
     """Whether a module holds a 2-D weight that can be quantized (subclasses of the supported types count)."""
     known = isinstance(module, SUPPORTED_LAYER_TYPES) or type(module).__name__ in INNER_SUPPORTED_LAYER_TYPES
-    weight = getattr(module, "weight", None)
-    return known and isinstance(weight, torch.Tensor) and weight.dim() == 2
+    weight = getattr(module, "weight", None) if known else None
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
 
 
 def is_transposed(module: nn.Module) -> bool:

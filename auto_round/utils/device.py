@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import re
 import resource
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from auto_round.ranks import Ranks
 
 
 def pick_device(device_map: Any) -> torch.device:
@@ -36,6 +39,40 @@ def pick_device(device_map: Any) -> torch.device:
     if wanted.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device_map!r} was asked for, but PyTorch sees no CUDA device: use device_map='cpu'")
     return wanted
+
+
+def several_devices(device_map: Any) -> list[Any]:
+    """The devices of "0,1", "cpu,cpu" or a list of two or more; empty for what means a single one.
+
+    Raises:
+        ValueError: a device that is not there, or one that is given twice.
+    """
+    if isinstance(device_map, (list, tuple)):
+        names = [str(part) for part in device_map]
+    else:
+        names = [part.strip() for part in device_map.split(",")] if isinstance(device_map, str) else []
+    names = [name for name in names if name]
+    if len(names) < 2:
+        return []
+    for name in names:
+        if pick_device(name).type == "cpu" and name != "cpu":
+            raise ValueError(f"device {name!r} is not there: PyTorch sees no CUDA device (cpu,cpu makes two ranks)")
+        if name != "cpu" and names.count(name) > 1:
+            raise ValueError(f"device {name!r} is given twice in {device_map!r}: one rank works on each")
+    return names
+
+
+def device_of_rank(device_map: Any, ranks: Ranks) -> torch.device:
+    """Where one of several ranks tunes: its entry of a list, its own accelerator of the machine, or the CPU.
+
+    Raises:
+        ValueError: a device that is not there, or fewer of them than ranks on this machine.
+    """
+    names = several_devices(device_map)
+    if names and len(names) != ranks.here:
+        raise ValueError(f"device_map={device_map!r} names {len(names)} devices for {ranks.here} ranks on this machine")
+    device = pick_device(names[ranks.local] if names else device_map)
+    return device if names or device.type == "cpu" or ranks.world == 1 else pick_device(ranks.local)
 
 
 def peak_memory_mb() -> float:
@@ -89,6 +126,19 @@ def _cached(stat: Path) -> int:
     except OSError:
         return 0
     return int(found[1]) if found else 0
+
+
+_REFUSALS = ("can't allocate memory", "out of memory", "not enough memory", "Cannot allocate memory", "ALLOC_FAILED")
+_PLAIN_ERRORS = (RuntimeError, getattr(torch, "AcceleratorError", RuntimeError))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, one of CUDA's libraries, Python or the system says with this error that memory is refused."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return type(error) in _PLAIN_ERRORS and any(words in str(error) for words in _REFUSALS)
 
 
 def trim_memory() -> None:
