@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.algorithms import ALGORITHMS, ALIASES
+from auto_round.cli.launch import is_rank, launch
 from auto_round.cli.parser import (
     Parser,
     UsageError,
@@ -33,7 +34,7 @@ ABSENT = (
     "--schemes", "--avg_bits", "--target_bits", "--options", "--option", "--ignore_scale_zp_bits",
     "--shared_layers", "--num_hidden_layers", "--debug_layer_num", "--enable_deterministic_algorithms",
     "--model_free", "--disable_model_free", "--scale_dtype", "--nblocks",
-    "--enable_norm_bias_tuning", "--enable_alg_ext", "--enable_adam", "--enable_lfq", "--enable_neuqi",
+    "--enable_norm_bias_tuning", "--enable_alg_ext", "--enable_lfq", "--enable_neuqi",
     "--awq_duo_scaling", "--awq_n_grid", "--awq_seqlen", "--awq_smooth_batch_size", "--awq_apply_clip",
     "--awq_clip_as_init", "--rotation_type", "--rotation_backend", "--rotation_block_size", "--eval_gen_kwargs",
     "--fewshot_as_multiturn", "--eval_task_by_task", "--eval_backend", "--vllm_args", "--eval_model_dtype",
@@ -56,7 +57,7 @@ _OWN = (
     "limit",
     "force",
 )
-_ACCEPTED = ("num_fewshot", "debug", "mllm", "disable_trust_remote_code", "low_cpu_mem_usage", "platform")
+_ACCEPTED = ("num_fewshot", "debug", "mllm", "disable_trust_remote_code", "platform")
 
 
 def make_parser(recipe: str = "default") -> Parser:
@@ -91,6 +92,7 @@ def _add_scheme(parser: Parser) -> None:
         help="inputs that share a scale; -1: a whole row, 0: the whole tensor",
     )
     group.add_argument("--asym", dest="sym", action="store_false", help="asymmetric: with zero points")
+    group.add_argument("--sym", action="store_true", help="symmetric (the default of most schemes)")
     group.add_argument(
         "--data_type", "--dtype", metavar="NAME", help="number family of the codes: int, mx_fp, nv_fp, fp …"
     )
@@ -128,6 +130,7 @@ def _add_activations(group: Any) -> None:
     )
     group.add_argument("--act_data_type", "--act_dtype", metavar="NAME", help="number family of activations")
     group.add_argument("--act_asym", dest="act_sym", action="store_false", help="asymmetric activations")
+    group.add_argument("--act_sym", action="store_true", help="symmetric activations")
     group.add_argument(
         "--disable_act_dynamic", dest="act_dynamic", action="store_false", help="a fixed scale, found by calibration"
     )
@@ -152,13 +155,22 @@ def _add_run(parser: Parser) -> None:
     group.add_argument("--mllm", action="store_true", default=False, help=argparse.SUPPRESS)
     group.add_argument("--apply_chat_template", action="store_true", help="render the records with the chat template")
     group.add_argument(
-        "--device_map", "--device", "--devices", metavar="DEVICE", help="cpu, cuda, 0, cuda:1, auto (default: 0)"
+        "--device_map",
+        "--device",
+        "--devices",
+        metavar="DEVICE",
+        help="cpu, cuda, 0, cuda:1, auto (default: 0); 0,1: tune on both",
     )
     group.add_argument("--force", action="store_true", help="go on although memory or disk will not do by the estimate")
     group.add_argument("--seed", type=whole_number, metavar="N", help="everything random follows it (42)")
     group.add_argument("--model_dtype", choices=("fp16", "float16", "bf16", "bfloat16", "fp32", "float32"))
     group.add_argument("--disable_amp", dest="amp", action="store_false", help="tune in the model's own dtype")
-    group.add_argument("--low_gpu_mem_usage", action="store_true", help="accepted: memory is bounded by a block")
+    group.add_argument(
+        "--max_memory",
+        metavar="SIZES",
+        help="memory that may be used: 4GiB of RAM, or cpu=4GiB,0=20GiB (default: free)",
+    )
+    group.add_argument("--low_gpu_mem_usage", action="store_true", help="keep samples' activations out of the GPU")
     group.add_argument("--platform", choices=("hf",), help=argparse.SUPPRESS)
     memory = group.add_mutually_exclusive_group()
     memory.add_argument("--low_cpu_mem_usage", action="store_true", help=argparse.SUPPRESS)
@@ -191,8 +203,9 @@ def _add_tuning(parser: Parser) -> None:
         "--alg_configs",
         type=_known,
         metavar="NAME",
-        help="signround, or rtn for iters 0; `auto-round list algorithms`",
+        help="signround, adamround, or rtn for iters 0; `auto-round list algorithms`",
     )
+    group.add_argument("--enable_adam", action=argparse.BooleanOptionalAction, help="the same as --algorithm adamround")
     group.add_argument(
         "--not_use_best_mse", action=argparse.BooleanOptionalAction, help="keep the last iterate, not the best"
     )
@@ -236,6 +249,9 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     if tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError('--tasks needs lm-eval: pip install "auto-round[eval]"; or leave --tasks out')
     formats = check_output(options)
+    devices = comma_list(getattr(options, "device_map", None))
+    if len(devices) > 1 and not is_rank():
+        return launch([*arguments, "--recipe", options.recipe], devices)
 
     from auto_round.autoround import AutoRound
     from auto_round.cli.summary import print_report, silence_loading
@@ -246,6 +262,8 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     _, found = compressor.quantize_and_save(
         options.output_dir, format=formats, max_shard_size=options.max_shard_size, force=options.force
     )
+    if not compressor.ranks.main:
+        return 0
     folders = [found] if isinstance(found, str) else found
     reports = [json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")) for folder in folders]
     for report in reports:
