@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.budget import parse_budget
 from auto_round.compressors.base import Compressor
+from auto_round.compressors.request import Request, Source
 from auto_round.formats.engines import EngineProfile, engine
 from auto_round.modeling.streaming import StreamedModel
+from auto_round.ranks import Ranks, launched, started
 from auto_round.schemes import FIELD_NAMES, GGUF_FILES, PRESET_SCHEMES, QuantizationScheme, SchemeError, parse_scheme
 from auto_round.settings import AttentionSettings, CalibSettings, SettingsError, TuneSettings
-from auto_round.utils.device import pick_device
+from auto_round.utils.device import device_of_rank, several_devices
 from auto_round.utils.model import load_streamed, load_tokenizer, resolve_model_dir
 
 _TUNE = (
@@ -29,24 +32,21 @@ _TUNE = (
     "dynamic_max_gap",
     "amp",
 )
+_CALIB = ("dataset", "nsamples", "seqlen", "apply_chat_template", "extra_data_dir", "template")
 _ATTENTION = ("static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity")
+_PASSED_ON = ("quant_lm_head", "quant_nontext_module", "format", "trust_remote_code", "show_progress")
 _OWN = (
+    *_PASSED_ON,
+    *_CALIB,
     "ignore_layers",
     "fp_layers",
-    "quant_lm_head",
-    "quant_nontext_module",
     "processor",
-    "extra_data_dir",
-    "template",
     "to_quant_block_names",
     "disable_opt_rtn",
     "enable_opt_rtn",
-    "trust_remote_code",
-    "format",
+    "enable_adam",
     "engine",
     "model_dtype",
-    "apply_chat_template",
-    "show_progress",
     "device",
     "alg_configs",
 )
@@ -65,10 +65,15 @@ class AutoRound:
             or a data loader.
         iters: tuning steps per block; None for 200, 0 rounds to nearest.
         seqlen, nsamples: size of the calibration set. batch_size, gradient_accumulate_steps: samples per step.
-        device_map: where blocks are tuned: 0, "cuda:1", "cpu" …
+        device_map: where blocks are tuned: 0, "cuda:1", "cpu" …; in a script that torchrun or accelerate starts, each
+            rank has its own device, and they tune together.
         seed: everything random follows it.
-        platform, low_gpu_mem_usage, low_cpu_mem_usage, enable_torch_compile: accepted for compatibility; memory is
-            bounded by a block in any case, and the tuning loop needs no compiling.
+        max_memory: what the run may use: a size of RAM such as "4GiB", or {"cpu": "4GiB", 0: "20GiB"} with the numbers
+            of CUDA devices. Micro-batches and the place of activations follow from it. Another size of micro-batch
+            changes results by rounding only, as sums are taken in another order.
+        low_gpu_mem_usage: samples' activations wait in RAM or a file, although they would fit on the GPU.
+        low_cpu_mem_usage: half of the RAM that is free is left free, by keeping activations in a file.
+        platform, enable_torch_compile: accepted for compatibility; the tuning loop needs no compiling.
         **kwargs: scheme fields (bits, group_size, sym …), tuning settings (lr, minmax_lr …), `ignore_layers`,
             `processor`, `extra_data_dir`, `template` (for calibrating on images or audio with text),
             `quant_lm_head`, `quant_nontext_module` (vision and audio towers too), `to_quant_block_names`,
@@ -103,68 +108,97 @@ class AutoRound:
         seed: int = 42,
         low_cpu_mem_usage: bool = True,
         algorithm: str | None = None,
+        max_memory: Any = None,
         **kwargs: Any,
     ) -> Compressor:
+        given = locals() | kwargs
         _check_known(kwargs)
-        if platform != "hf":
-            raise SettingsError(f"platform={platform!r} is not supported: give a local folder or a Hugging Face hub id")
-        fields = {name: kwargs.pop(name) for name in FIELD_NAMES if name in kwargs}
-        if isinstance(fields.get("bits"), float) and fields["bits"].is_integer():
-            fields["bits"] = int(fields["bits"])
-        iters = 200 if iters is None else iters
-        tune = TuneSettings(
-            iters=iters,
-            batch_size=min(batch_size, nsamples),
-            gradient_accumulate_steps=gradient_accumulate_steps or 1,
-            search=_search(kwargs, iters),
-            seed=seed,
-            **{name: kwargs.pop(name) for name in _TUNE if name in kwargs},
+        request = _request(given)
+        ranks, device = _ranks_and_device(given.get("device") or device_map)
+        source = _open_model(given, device)
+        _check_tokenizer(model, source, request)
+        return Compressor(source, request, ranks)
+
+
+def _request(given: Mapping[str, Any]) -> Request:
+    """What the arguments ask for; everything about them that can be wrong is found here, without the model.
+
+    Raises:
+        SettingsError, SchemeError: an argument that is out of range, or arguments that contradict each other.
+    """
+    if given["platform"] != "hf":
+        raise SettingsError(
+            f"platform={given['platform']!r} is not supported: give a local folder or a Hugging Face hub id"
         )
-        calib = CalibSettings(
-            dataset,
-            nsamples,
-            seqlen,
-            kwargs.pop("apply_chat_template", False),
-            kwargs.pop("extra_data_dir", None),
-            kwargs.pop("template", None),
+    tune, calib = _tune_settings(given), _calib_settings(given)
+    attention = AttentionSettings(**_those(given, _ATTENTION))
+    target = engine(given["engine"]) if given.get("engine") else None
+    budget = parse_budget(given["max_memory"], given["low_gpu_mem_usage"], given["low_cpu_mem_usage"])
+    scheme, gguf = _scheme_and_file(given["scheme"], _scheme_fields(given), target)
+    algorithm = given["algorithm"] or given.get("alg_configs")
+    return Request(
+        scheme,
+        tune,
+        calib,
+        attention,
+        budget,
+        layer_config=given["layer_config"],
+        ignore_layers=_names(given.get("ignore_layers")) + _names(given.get("fp_layers")),
+        blocks=given.get("to_quant_block_names"),
+        algorithm=_algorithm(algorithm, given.get("enable_adam"), tune.iters),
+        gguf=gguf,
+        target=target,
+        asked=_asked(given),
+        **_those(given, _PASSED_ON),
+    )
+
+
+def _those(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of these names that were given; what takes them has the defaults of the others."""
+    return {name: given[name] for name in names if name in given}
+
+
+def _tune_settings(given: Mapping[str, Any]) -> TuneSettings:
+    iters = 200 if given["iters"] is None else given["iters"]
+    return TuneSettings(
+        iters=iters,
+        batch_size=min(given["batch_size"], given["nsamples"]),
+        gradient_accumulate_steps=given["gradient_accumulate_steps"] or 1,
+        search=_search(given.get("disable_opt_rtn"), given.get("enable_opt_rtn"), iters),
+        seed=given["seed"],
+        **_those(given, _TUNE),
+    )
+
+
+def _calib_settings(given: Mapping[str, Any]) -> CalibSettings:
+    return CalibSettings(**_those(given, _CALIB))
+
+
+def _scheme_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _those(given, FIELD_NAMES)
+    if isinstance(fields.get("bits"), float) and fields["bits"].is_integer():
+        fields["bits"] = int(fields["bits"])
+    return fields
+
+
+def _ranks_and_device(device_map: Any) -> tuple[Ranks, torch.device]:
+    """The ranks that this process is one of, and the device that it works on.
+
+    Raises:
+        SettingsError: several devices, for one process.
+    """
+    several = several_devices(device_map)
+    if several and not launched():
+        raise SettingsError(
+            f"device_map={device_map!r} names {len(several)} devices, and each needs a process of its own: start the "
+            f"script with `torchrun --nproc-per-node {len(several)} SCRIPT`, use the command line "
+            "(auto-round MODEL --device_map 0,1), or give one device"
         )
-        attention = AttentionSettings(**{name: kwargs.pop(name) for name in _ATTENTION if name in kwargs})
-        target = engine(kwargs["engine"]) if kwargs.get("engine") else None
-        parsed, gguf = _scheme_and_file(scheme, fields, target)
-        trust = kwargs.pop("trust_remote_code", False)
-        device = pick_device(kwargs.pop("device", None) or device_map)
-        streamed, tokenizer, source = _open_model(model, tokenizer, trust, kwargs.pop("model_dtype", None), device)
-        needs_data = tune.needs_data or parsed.needs_input_range or attention.scaled
-        if tokenizer is None and needs_data and _needs_tokenizer(dataset):
-            raise SettingsError(
-                f"{model if source else 'the model'} has no tokenizer, which calibrating on text needs: put its files "
-                "into the folder, pass tokenizer=…, give dataset= as token ids, or round to nearest without data "
-                "(iters=0, disable_opt_rtn=True; auto-round-rtn)"
-            )
-        compressor = Compressor(
-            streamed,
-            tokenizer,
-            parsed,
-            tune,
-            calib,
-            attention=attention,
-            source_dir=source,
-            layer_config=layer_config,
-            ignore_layers=_names(kwargs.get("ignore_layers")) + _names(kwargs.get("fp_layers")),
-            to_quant_block_names=kwargs.get("to_quant_block_names"),
-            quant_lm_head=kwargs.get("quant_lm_head", False),
-            quant_nontext_module=kwargs.get("quant_nontext_module", False),
-            processor=kwargs.get("processor"),
-            algorithm_name=algorithm or kwargs.get("alg_configs"),
-            show_progress=kwargs.get("show_progress", True),
-            trust_remote_code=trust,
-            name=_short_name(model),
-            gguf=gguf,
-            target=target,
-        )
-        usual = f"gguf:{gguf.lower()}" if gguf else target.choose_format(parsed) if target else "auto_round"
-        compressor.default_format = kwargs.get("format") or usual
-        return compressor
+    ranks = started()
+    device = device_of_rank(device_map, ranks)
+    if device.type == "cuda" and ranks.world > 1:
+        torch.cuda.set_device(device)  # where NCCL and what torch allocates without a device belong
+    return ranks, device
 
 
 def _scheme_and_file(
@@ -196,6 +230,11 @@ def AutoRoundMLLM(*args: Any, **kwargs: Any) -> Compressor:
     return AutoRound(*args, **kwargs)
 
 
+def AutoRoundAdam(*args: Any, **kwargs: Any) -> Compressor:
+    """An older name of `AutoRound(…, enable_adam=True)`."""
+    return AutoRound(*args, **{"enable_adam": True, **kwargs})
+
+
 def _check_known(kwargs: Mapping[str, Any]) -> None:
     named = inspect.signature(AutoRound.__new__).parameters.keys() - {"cls", "kwargs"}
     known = (*FIELD_NAMES, *_TUNE, *_ATTENTION, *_OWN, *named)
@@ -206,34 +245,73 @@ def _check_known(kwargs: Mapping[str, Any]) -> None:
             raise TypeError(f"AutoRound got an unknown argument {name!r}{hint}")
 
 
-def _search(kwargs: dict[str, Any], iters: int) -> bool:
+def _algorithm(named: str | None, adam: bool | None, iters: int) -> str | None:
+    """The algorithm's name: what was asked for by name or by `enable_adam`; None for the usual one."""
+    if not adam:
+        return named
+    if named not in (None, "adam", "adamround"):
+        raise SettingsError(f"enable_adam=True and algorithm={named!r} contradict each other: give one")
+    return "adamround" if iters else None
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that differ from their defaults."""
+    parameters = inspect.signature(AutoRound.__new__).parameters
+    usual = {name: parameter.default for name, parameter in parameters.items()}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in ("cls", "kwargs")
+        and (name not in usual or type(value) is not type(usual[name]) or value != usual[name])
+    }
+
+
+def _search(disabled: bool | None, enabled: bool | None, iters: int) -> bool:
     """Whether scales are searched: optimized round-to-nearest unless it is switched off; tuning starts from it too."""
-    disabled, enabled = kwargs.pop("disable_opt_rtn", None), kwargs.pop("enable_opt_rtn", None)
     if disabled and enabled:
         raise SettingsError("disable_opt_rtn and enable_opt_rtn contradict each other: give one")
     return True if iters else not disabled
 
 
-def _open_model(
-    model: Any, tokenizer: Any, trust_remote_code: bool, dtype: Any, device: torch.device
-) -> tuple[StreamedModel, Any, Path | None]:
+def _open_model(given: Mapping[str, Any], device: torch.device) -> Source:
+    """The model with its tokenizer; a folder or hub id is opened, an object is taken as it is."""
+    model, tokenizer, processor = given["model"], given["tokenizer"], given.get("processor")
     if isinstance(model, nn.Module):
-        parameter = next(model.parameters(), None)
-        if parameter is None or parameter.device.type == "meta":
-            raise SettingsError("the model given as an object has no weights in memory: give its folder instead")
-        coded = next((n for n, p in model.named_parameters() if p.dtype.itemsize == 1), None)
-        if coded is not None:
-            raise SettingsError(
-                f"the model given as an object holds {coded} in {model.get_parameter(coded).dtype}, whose scales lie "
-                "elsewhere: give its folder instead, from which stored FP8 and FP4 weights are read as floats"
-            )
-        model.eval().requires_grad_(False)
-        return StreamedModel(model, None, parameter.device), tokenizer, None
+        return Source(_loaded(model), tokenizer, processor, None, _short_name(model))
     if isinstance(model, StreamedModel):
-        return model, tokenizer, model.checkpoint.directory
-    directory = resolve_model_dir(str(model), trust_remote_code)
-    streamed = load_streamed(directory, trust_remote_code, _dtype(dtype), device)
-    return streamed, tokenizer or load_tokenizer(directory, trust_remote_code), directory
+        return Source(model, tokenizer, processor, model.checkpoint.directory, _short_name(model))
+    trust = given.get("trust_remote_code", False)
+    directory = resolve_model_dir(str(model), trust)
+    streamed = load_streamed(directory, trust, known_dtype(given.get("model_dtype")), device)
+    return Source(streamed, tokenizer or load_tokenizer(directory, trust), processor, directory, _short_name(model))
+
+
+def _loaded(model: nn.Module) -> StreamedModel:
+    """A model that came as an object.
+
+    Raises:
+        SettingsError: its weights are not in memory, or in a dtype whose scales lie elsewhere.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is None or parameter.device.type == "meta":
+        raise SettingsError("the model given as an object has no weights in memory: give its folder instead")
+    coded = next((n for n, p in model.named_parameters() if p.dtype.itemsize == 1), None)
+    if coded is not None:
+        raise SettingsError(
+            f"the model given as an object holds {coded} in {model.get_parameter(coded).dtype}, whose scales lie "
+            "elsewhere: give its folder instead, from which stored FP8 and FP4 weights are read as floats"
+        )
+    model.eval().requires_grad_(False)
+    return StreamedModel(model, None, parameter.device)
+
+
+def _check_tokenizer(model: Any, source: Source, request: Request) -> None:
+    if source.tokenizer is None and request.needs_data and _needs_tokenizer(request.calib.dataset):
+        raise SettingsError(
+            f"{model if source.directory else 'the model'} has no tokenizer, which calibrating on text needs: put "
+            "its files into the folder, pass tokenizer=…, give dataset= as token ids, or round to nearest without data "
+            "(iters=0, disable_opt_rtn=True; auto-round-rtn)"
+        )
 
 
 def _short_name(model: Any) -> str:
@@ -256,7 +334,12 @@ _DTYPES = {
 }
 
 
-def _dtype(name: Any) -> torch.dtype | None:
+def known_dtype(name: Any) -> torch.dtype | None:
+    """The dtype that `model_dtype` names; None for the one that the model is stored in.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
     if name is None or isinstance(name, torch.dtype):
         return name
     if str(name) not in _DTYPES:

@@ -128,7 +128,7 @@ def quantize_blocks(run: Any) -> None:
     missed = set(run.plan.block_names) - set(run.native.blocks)  # towers may run beside them
     assert not missed or any("not reached" in warning for warning in run.warnings)
     run._quantize_blocks()
-    assert all(run._store.has(block) for block in run.plan.block_names if run.plan.quantized(block))
+    assert all(run.store.has(block) for block in run.plan.block_names if run.plan.quantized(block))
     assert {entry["name"] for entry in run.block_log} == set(run.plan.block_names)
 
 

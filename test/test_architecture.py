@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "auto_round"
+RUN = ("run", "compressor")  # what a compressor is called, also as an attribute
 
 
 def modules() -> dict[str, ast.Module]:
@@ -63,6 +64,14 @@ def test_only_two_places_compare_model_types():
         for node in ast.walk(tree):
             if isinstance(node, ast.Compare) and not name.startswith(allowed):
                 assert "model_type ==" not in ast.unparse(node), f"{name}: {ast.unparse(node)}"
+
+
+def test_nobody_reaches_into_a_run():
+    """What a compressor keeps to itself may change; other modules are given what they need, or ask for it."""
+    for name, tree in modules().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", "")) in RUN:
+                assert not node.attr.startswith("_"), f"{name}: {ast.unparse(node)}"
 
 
 def test_tables_resolve():

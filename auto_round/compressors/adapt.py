@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from auto_round.calibration.discover import called_blocks, executed_stacks, used_as_matrices
 from auto_round.calibration.forwards import Amp, Batch
+from auto_round.compressors.request import Request
 from auto_round.formats.gguf_recipe import recipe
 from auto_round.formats.parts import stem_of
 from auto_round.modeling.blocks import find_stacks, get_block_names
@@ -15,7 +16,27 @@ from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import ModelPlan, make_plan
 from auto_round.schemes import QuantizationScheme
 from auto_round.special_model_handler import model_traits
+from auto_round.utils.device import is_out_of_memory
 from auto_round.utils.model import find_embedding, find_layers, find_routers, get_lm_head_name, select_blocks
+
+
+class Planner:
+    """Decides what becomes of every layer of a model; anew where a format brings another scheme.
+
+    notes: what a person should know of how the blocks were found.
+    """
+
+    def __init__(self, streamed: StreamedModel, request: Request, amp: Amp, sample: Callable[[], Batch | None]):
+        self._streamed, self._request, self._amp = streamed, request, amp
+        self._stacks, note = find_blocks(streamed, request.blocks, request.quant_nontext_module, amp, sample)
+        self.notes = [note] if note else []
+
+    def plan(self, scheme: QuantizationScheme, gguf: str | None = None) -> tuple[ModelPlan, list[str]]:
+        """(plan, what was changed in it so that the engine that was asked for can load it); see `plan_model`."""
+        asked = self._request
+        rules = asked.layer_config, asked.ignore_layers, asked.quant_lm_head
+        plan = plan_model(self._streamed, self._stacks, scheme, *rules, self._amp, gguf)
+        return asked.target.repair(plan) if asked.target is not None else (plan, [])
 
 
 def find_blocks(
@@ -70,11 +91,15 @@ def _called(streamed: StreamedModel, amp: Amp, sample: Callable[[], Batch | None
     try:
         return called_blocks(streamed, streamed.blocks, amp), ""
     except Exception as error:  # whatever a model's forward may raise that is given text alone
+        if is_out_of_memory(error):
+            raise
         reason = f"{type(error).__name__}: {error}"
     given = sample() if getattr(streamed.model.config, "is_encoder_decoder", False) else None
     try:
         return (called_blocks(streamed, streamed.blocks, amp, given) if given is not None else []), reason
-    except Exception:  # the run itself will say what is wrong
+    except Exception as error:  # the run itself will say what is wrong
+        if is_out_of_memory(error):
+            raise
         return [], reason
 
 
@@ -97,10 +122,14 @@ def plan_model(
     def matrices(names: Sequence[str]) -> Sequence[str]:
         try:
             return used_as_matrices(streamed, streamed.blocks, names, amp)
-        except Exception:  # a model that cannot be run to see: then all of them count
+        except Exception as error:  # a model that cannot be run to see: then all of them count
+            if is_out_of_memory(error):
+                raise
             return names
 
-    layers = find_layers(streamed.model, stacks, matrices)
+    blocks = [name for stack in stacks for name in stack]
+    routers = find_routers(streamed.model, blocks)
+    layers = find_layers(streamed.model, stacks, matrices, routers)
     fused = {parameter for group in streamed.names.groups.values() if group.fused for parameter in group.written}
     layers = [
         dataclasses.replace(info, stored=stem_of(streamed, info.name), fused=f"{info.name}.weight" in fused)
@@ -112,18 +141,14 @@ def plan_model(
     config = streamed.model.config
     mixture = recipe(gguf, layers, config) if gguf else None
     head = get_lm_head_name(streamed.model)
-    beside = _matrices_beside(streamed, {info.name for info in layers}, [name for stack in stacks for name in stack])
+    beside = _matrices_beside(streamed, {info.name for info in layers}, routers)
     wanted = (layer_config, ignore_layers, head, quant_lm_head)
     return make_plan(layers, stacks, scheme, *wanted, beside, mixture, config)
 
 
-def _matrices_beside(streamed: StreamedModel, layers: set[str], blocks: Sequence[str]) -> dict[str, str]:
+def _matrices_beside(streamed: StreamedModel, layers: set[str], routers: Collection[str]) -> dict[str, str]:
     """Stored matrices that are no layers here but may be to other readers of the result: they stay floats."""
-    found = {
-        stem_of(streamed, name): "router: small, and it decides"
-        for name in sorted(find_routers(streamed.model, blocks))
-        if name not in layers
-    }
+    found = {stem_of(streamed, name): "router: small, and it decides" for name in sorted(routers) if name not in layers}
     shapes = streamed.source_tensors()
     for name in streamed.names.unused:
         if name.endswith(".weight") and len(shapes[name].shape) == 2:

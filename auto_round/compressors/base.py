@@ -5,58 +5,53 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round import __version__
-from auto_round.algorithms import algorithm
-from auto_round.algorithms.base import BlockTask, put_weights
-from auto_round.calibration.attention import attention_scales, check_attentions
+from auto_round.budget import Working
+from auto_round.calibration.attention import check_attentions
 from auto_round.calibration.block_io import Placement
+from auto_round.calibration.cpu_attention import QuickAttention
+from auto_round.calibration.cpu_linear import EvenRows
 from auto_round.calibration.feed import complete_sample, random_text
 from auto_round.calibration.forwards import ReplayError
-from auto_round.calibration.native import NativeRun, run_native
-from auto_round.compressors.adapt import find_blocks, plan_model
+from auto_round.calibration.native import NativeRun, mapped, run_native
+from auto_round.command import command_line
+from auto_round.compressors import notes
+from auto_round.compressors.adapt import Planner
 from auto_round.compressors.afford import check_fits
-from auto_round.compressors.chain import Chain, inputs_of
-from auto_round.compressors.experts import FLOOR, expert_tokens, input_scales, rarely_used, shared_importance
+from auto_round.compressors.backoff import naming_the_lack
+from auto_round.compressors.blocks import Blocks, Way, put_quantized, quantize_outside
+from auto_round.compressors.chain import Chain
+from auto_round.compressors.choose import choose_for
+from auto_round.compressors.facts import facts_of
+from auto_round.compressors.request import Request, Source
 from auto_round.compressors.samples import CHECK_SAMPLES, check_batch, read_samples
-from auto_round.compressors.saving import folder_name, prepare_output, save
+from auto_round.compressors.saving import folder_name, format_folders, prepare_output, save
+from auto_round.compressors.together import all_notes, open_store, temporary_root
 from auto_round.compressors.weights import (
-    check_finite,
-    copy_weights,
     first_bad_tensor,
-    fused_maxima,
-    hash_weights,
-    restore_weights,
 )
 from auto_round.estimate import Estimate
 from auto_round.formats import format_name, make_format
 from auto_round.formats.base import ExportFormat
-from auto_round.formats.engines import EngineProfile
 from auto_round.formats.export import check_attention
 from auto_round.logger import logger
-from auto_round.modeling.streaming import StreamedModel
-from auto_round.plan import OUTSIDE, LayerPlan, ModelPlan, PlanError
+from auto_round.plan import ModelPlan, PlanError
 from auto_round.progress import RunProgress
+from auto_round.ranks import Ranks
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
-from auto_round.settings import AttentionSettings, CalibSettings, TuneSettings, describe
 from auto_round.special_model_handler import _handle_special_model
-from auto_round.store import BlockResult, Store
-from auto_round.tied import put_tied, quantized_outside
-from auto_round.utils.device import peak_memory_mb
+from auto_round.store import Store
+from auto_round.tied import quantized_outside
+from auto_round.utils.device import is_out_of_memory, peak_memory_mb
 from auto_round.utils.model import get_lm_head_name
-from auto_round.wrapper import attach_inputs, attach_qparams, quantized_inputs
-
-ACTIVATION_BUDGET = 16 << 20
-"""Bytes of activations per chain kept in memory on a CPU; more go to a file, which the page cache holds as it can."""
+from auto_round.workload import Workload, expert_spread
 
 
 class Compressor:
@@ -65,74 +60,47 @@ class Compressor:
     Attributes:
         model: the module (without weights in its blocks if it is streamed from a folder).
         plan: the decision for every layer. scheme, layer_config: what was asked for, resolved.
+        store: the work folder; None before there is one.
         warnings: what the report repeats at its end.
+        ranks: the processes that work on the run together; each makes one of these, with the same arguments.
     """
 
-    def __init__(
-        self,
-        streamed: StreamedModel,
-        tokenizer: Any,
-        scheme: QuantizationScheme,
-        tune: TuneSettings,
-        calib: CalibSettings,
-        *,
-        attention: AttentionSettings | None = None,
-        source_dir: Path | None = None,
-        layer_config: Mapping[str, Any] | None = None,
-        ignore_layers: Sequence[str] = (),
-        to_quant_block_names: str | Sequence | None = None,
-        quant_lm_head: bool = False,
-        quant_nontext_module: bool = False,
-        processor: Any = None,
-        algorithm_name: str | None = None,
-        activation_budget: int = ACTIVATION_BUDGET,
-        show_progress: bool = True,
-        trust_remote_code: bool = False,
-        name: str = "model",
-        gguf: str | None = None,
-        target: EngineProfile | None = None,
-    ):
-        self.streamed, self.tokenizer, self.processor = streamed, tokenizer, processor
-        self.source_dir = source_dir
-        self.scheme, self.tune, self.calibration = scheme, tune, calib
-        self.attention = attention or AttentionSettings()
-        self.algorithm_name = algorithm_name or ("signround" if tune.iters else "rtn")
-        self.activation_budget, self.show_progress = activation_budget, show_progress
-        self.trust_remote_code, self.name = trust_remote_code, name
-        self.default_format = "auto_round"
+    def __init__(self, source: Source, request: Request, ranks: Ranks | None = None, store: Store | None = None):
+        self.ranks = ranks or Ranks()
+        self.store = store
+        self.streamed, self.tokenizer, self.processor = source.streamed, source.tokenizer, source.processor
+        self.source_dir, self.name = source.directory, source.name
+        self.scheme, self.tune, self.calibration = request.scheme, request.tune, request.calib
+        self.attention, self.budget, self.target = request.attention, request.budget, request.target
+        self.algorithm_name, self.default_format = request.algorithm_name, request.default_format
+        self.trust_remote_code = request.trust_remote_code
+        self.show_progress = request.show_progress and self.ranks.main
         self.report: dict[str, Any] = {}
         self.block_log: list[dict[str, Any]] = []
         self.warnings: list[str] = []
         self.times: dict[str, float] = {}
         self.estimate: Estimate | None = None
+        self.tuning_rate: dict[str, float] | None = None
+        self.workloads: list[tuple[tuple, Workload]] = []  # what they were counted for, and they
         self.import_memory_mb = peak_memory_mb()
-        self.model = _handle_special_model(streamed.model)
+        self.model = _handle_special_model(self.streamed.model)
         self.data = None
-        self.plan: ModelPlan | None = None
-        stacks, note = find_blocks(streamed, to_quant_block_names, quant_nontext_module, self.amp, self._first_sample)
-        self.warnings += [note] if note else []
-        self._plan_again = functools.partial(
-            plan_model, streamed, stacks, layer_config=layer_config, ignore_layers=ignore_layers, amp=self.amp
-        )
-        self._quant_lm_head, self.target = quant_lm_head, target
-        self._make_plan(gguf)
-        head = get_lm_head_name(self.model)
-        if quant_lm_head and head is not None and self.plan.layers[head].info.tied:
-            self.warnings.append(f"{head} stays as it is: {self.plan.layers[head].reason}")
         self.native: NativeRun | None = None
+        self.plan: ModelPlan | None = None
+        self._asked = request.asked
         self._chain: Chain | None = None
-        self._store: Store | None = None
-        self._input_scales: Mapping[str, torch.Tensor | None] = {}  # of the layers of the block last quantized
+        self._planner = Planner(self.streamed, request, self.amp, self._first_sample)
+        self.warnings += self._planner.notes
+        self._make_plan(request.scheme, request.gguf)
+        head = get_lm_head_name(self.model) if request.quant_lm_head else None
+        self.warnings += notes.unquantized_head(self.plan.layers[head] if head is not None else None)
 
-    def _make_plan(self, gguf: str | None) -> None:
-        """Decide every layer's scheme. gguf: llama.cpp's file type whose mixture of tensor types is wanted."""
-        self.gguf = gguf
-        self.plan = self._plan_again(scheme=self.scheme, quant_lm_head=self._quant_lm_head, gguf=gguf)
-        if self.target is not None:
-            self.plan, notes = self.target.repair(self.plan)
-            self.warnings += notes
+    def _make_plan(self, scheme: QuantizationScheme, gguf: str | None) -> None:
+        self.scheme, self.gguf = scheme, gguf
+        self.plan, repairs = self._planner.plan(scheme, gguf)
+        self.warnings += repairs
 
-    def _bind(self, name: str) -> ExportFormat:
+    def bind(self, name: str) -> ExportFormat:
         """A format for this run's plan; before the run, a GGUF file type brings its mixture if no scheme was asked for.
 
         Raises:
@@ -140,10 +108,9 @@ class Compressor:
         """
         known = format_name(name)
         kind = known.removeprefix("gguf:").upper()
-        fresh = self._store is None and self.gguf is None and self.scheme == PRESET_SCHEMES["W4A16"]
+        fresh = self.store is None and self.gguf is None and self.scheme == PRESET_SCHEMES["W4A16"]
         if known.startswith("gguf:") and fresh:
-            self.scheme = PRESET_SCHEMES[f"GGUF:{kind}"]
-            self._make_plan(kind)
+            self._make_plan(PRESET_SCHEMES[f"GGUF:{kind}"], kind)
         fmt = make_format(known, self.plan)
         problems = self.target.problems(self.plan, known) if self.target is not None else []
         if problems:
@@ -201,13 +168,21 @@ class Compressor:
             self.tune.needs_data or bool(self.attention.scaled) or any(scheme.needs_input_range for scheme in schemes)
         )
 
-    def amp(self):
-        """The context in which blocks run: half-precision matrix products for models stored wider."""
-        dtype = getattr(self.model, "dtype", torch.float32)
-        slow = dtype == torch.float32 or (dtype == torch.float16 and self.device.type == "cpu")
-        if self.tune.amp and slow:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
-        return contextlib.nullcontext()
+    @functools.cached_property
+    def working(self) -> Working:
+        """How the run uses memory: chosen once, from its settings and its budget."""
+        return choose_for(self)
+
+    @contextlib.contextmanager
+    def amp(self) -> Iterator[None]:
+        """The context in which blocks run: half precision for models stored wider, and what is quick on a CPU."""
+        with contextlib.ExitStack() as context:
+            if self.device.type == "cpu":
+                context.enter_context(QuickAttention())
+                context.enter_context(EvenRows())
+            if self.autocasts:
+                context.enter_context(torch.autocast(self.device.type, dtype=torch.bfloat16))
+            yield
 
     # ---- calibrate -------------------------------------------------------------------------------------------
 
@@ -228,7 +203,7 @@ class Compressor:
 
     @property
     def samples(self) -> list[dict[str, torch.Tensor]]:
-        """Calibration samples as the model takes them."""
+        """Calibration samples as the model takes them, those of all ranks."""
         return [complete_sample(self.model, sample) for sample in self.data.samples]
 
     def _check_batch(self) -> dict[str, torch.Tensor]:
@@ -244,12 +219,16 @@ class Compressor:
             ReplayError: a block called on its own does not compute what it computes in the model's forward.
         """
         if self.native is None:
-            self.native = self._run_native(self._check_batch())
+            with naming_the_lack("running the original on the check batch"):
+                self.native = self._run_native(self._check_batch())
             self.streamed.forget_originals()
             if not torch.isfinite(self.native.logits).all():
-                reason = first_bad_tensor(self.streamed, self.plan.block_names)
+                reason = first_bad_tensor(self.streamed, self.plan.block_names, self.native.first_not_finite())
                 raise ValueError(f"the original model gives logits that are not finite: {reason}")
-            self._note_native()
+            if self.working.logits == "file" and self.store is not None:
+                self.native.logits = mapped(self.native.logits, self.store.scratch("logits.activations"))
+            self.warnings += notes.unreached_blocks(self.plan, self.native)
+            notes.log_samples_alone(self.native)
         return self.native
 
     def _run_native(self, batch: Mapping[str, torch.Tensor]) -> NativeRun:
@@ -257,27 +236,18 @@ class Compressor:
         try:
             return run_native(self.streamed, self.streamed.blocks, batch, self.amp)
         except RuntimeError as error:
-            if isinstance(error, ReplayError) or not self._autocasts:
+            if isinstance(error, ReplayError) or is_out_of_memory(error) or not self.autocasts:
                 raise
             self.tune = dataclasses.replace(self.tune, amp=False)
             self.warnings.append(f"blocks run in the stored dtype: in bfloat16 the model's forward fails ({error})")
             return run_native(self.streamed, self.streamed.blocks, batch, self.amp)
 
     @property
-    def _autocasts(self) -> bool:
-        return not isinstance(self.amp(), contextlib.nullcontext)
-
-    def _note_native(self) -> None:
-        missed = [block for block in self.plan.block_names if block not in self.native.blocks]
-        if missed:
-            self.warnings.append(
-                f"{len(missed)} blocks ({missed[0]} …) are not reached by the calibration text: they are rounded to "
-                "nearest with searched scales"
-            )
-        alone = {block: joint.reason for (block, _), joint in self.native.joints.items() if not joint.joins}
-        if alone and len(self.native.batch) and next(iter(self.native.batch.values())).shape[0] > 1:
-            block, reason = next(iter(alone.items()))
-            logger.info("samples pass one by one through %d blocks (%s: %s)", len(alone), block, reason)
+    def autocasts(self) -> bool:
+        """Whether blocks run in bfloat16 although the model is stored otherwise."""
+        dtype = getattr(self.model, "dtype", torch.float32)
+        slow = dtype == torch.float32 or (dtype == torch.float16 and self.device.type == "cpu")
+        return self.tune.amp and slow
 
     def calib(self, nsamples: int | None = None, bs: int | None = None) -> None:
         """Record what the model passes to its blocks, for every calibration sample.
@@ -293,185 +263,100 @@ class Compressor:
         check_attentions(
             self.model, self.attention, [call for call in native.places if call[0] in self.plan.block_names]
         )
-        if self._store is None:
+        if self.store is None:
             self._open_store(None)
-        if self._chain is not None:
-            self._chain.close()
-        self._quantize_outside(self._store)  # first, so that the blocks are tuned behind a quantized embedding
+        self._close_chain()
+        self._quantize_outside(self.store)  # first, so that the blocks are tuned behind a quantized embedding
         self._chain = Chain(
             self.model,
             native,
-            self.samples,
+            self._own_samples(),
             self._placement(),
             self.amp,
             self.tune.batch_size,
-            self.tune.enable_quanted_input,
-            functools.partial(quantized_outside, self.model, self.plan, self._store),
+            self.tune.enable_quanted_input and self.tune.iters > 0,
+            functools.partial(quantized_outside, self.model, self.plan, self.store),
+            self.working,
+            self._note,
+            expert_spread(self.plan, getattr(self.model, "config", None)),
         )
         self.times["calibrate"] = time.monotonic() - began
 
+    def _own_samples(self) -> list[dict[str, torch.Tensor]]:
+        """Those that this rank follows."""
+        samples = self.samples
+        size = self.ranks.step_size(self.tune.samples_per_step, len(samples))
+        return [samples[index] for index in self.ranks.share(len(samples), size)]
+
     # ---- tune ------------------------------------------------------------------------------------------------
 
-    def _quantize_blocks(self) -> None:
+    def quantize_blocks(self) -> None:
         """Quantize every block in order into the store, continuing where an earlier run stopped."""
-        store = self._store or self._open_store(None)
+        store, names = self.store or self._open_store(None), self.plan.block_names
         began = time.monotonic()
-        resumed = sum(store.has(block) for block in self.plan.block_names)
+        resumed = sum(store.has(block) for block in names)
         if resumed:
-            logger.info("continuing an earlier run: %d of %d blocks are done", resumed, len(self.plan.block_names))
+            logger.info("continuing an earlier run: %d of %d blocks are done", resumed, len(names))
+        way = Way(self.algorithm_name, self.tune, self.attention, self.amp)
         try:
-            with RunProgress(len(self.plan.block_names), self.tune.iters, self.show_progress) as progress:
-                done = self._follow_chain(store, progress) if self._chain is not None else []
-                for block in self.plan.block_names:
-                    if block not in done:
-                        with self.streamed.loaded(block) as module:
-                            self._quantize_block(block, module, store, progress)
+            with RunProgress(len(names), self.tune.iters, self.show_progress) as progress:
+                blocks = Blocks(self.streamed, self.plan, store, way, self.ranks, progress)
+                self.block_log = blocks.log
+                if self._chain is not None:
+                    blocks.follow(self._chain)
+                done = {entry["name"] for entry in blocks.log}
+                blocks.follow_none([block for block in names if block not in done])
                 self._quantize_outside(store)
-            logger.info(self.plan.summary())
-            self._note_experts()
         finally:
-            if self._chain is not None:
-                self._chain.close()
-                self._chain = None
+            self._close_chain()
+        self.block_log, self.warnings = all_notes(blocks.log, self.warnings, names, self.ranks)
+        logger.info(self.plan.summary())
+        self.warnings += notes.rare_experts(self.block_log)
+        dtype = torch.bfloat16 if self.autocasts else getattr(self.model, "dtype", torch.float32)
+        self.tuning_rate = notes.tuning_rate(self.block_log, self.device, dtype)
         self.times["tune"] = time.monotonic() - began
 
-    def _note_experts(self) -> None:
-        """Say how many experts the calibration text hardly reached."""
-        seen = [block["experts"] for block in self.block_log if block.get("experts")]
-        rare, total = sum(one["below_floor"] for one in seen), sum(one["experts"] for one in seen)
-        if rare:
-            self.warnings.append(
-                f"{rare} of {total} experts got fewer than {FLOOR} calibration tokens: they are rounded with scales "
-                "searched on what all experts of their block are given; more samples (nsamples) reach more of them"
-            )
-
-    def _follow_chain(self, store: Store, progress) -> list[str]:
-        """Quantize the blocks that the samples come through, at their first call; returns their names."""
-        chain, done = self._chain, []
-        originals: dict[str, dict[str, torch.Tensor]] = {}  # of blocks that are called again
-        often = {block for block, turn in self.native.places if turn}
-        while chain.place is not None:
-            block, turn = chain.place
-            with self.streamed.loaded(block) as module:
-                if not self.streamed.is_streamed and block in often:
-                    restore_weights(module, originals.setdefault(block, copy_weights(module)))
-                modules = {name: self.model.get_submodule(name) for name in self.plan.quantized(block)}
-                watching = attention_scales(self.attention, self.model, block)
-                with inputs_of(modules if turn == 0 else {}) as seen, watching as beside:
-                    chain.observe(module)
-                layers = self.plan.quantized(block)
-                if turn == 0 and block in self.plan.block_names:
-                    self._quantize_block(block, module, store, progress, seen, beside)
-                    done.append(block)
-                elif layers:
-                    put_weights(module, block, store.load(block, layers).tensors, layers)
-                put_tied(self.model, self.plan, store, block)
-                with quantized_inputs(self.model, layers, self._input_scales):
-                    chain.advance(module)
-        return done
-
-    def _placement(self) -> Placement:
-        return Placement(self.device, self.activation_budget, self._store.folder)
-
-    def _quantize_block(self, block: str, module: nn.Module, store: Store, progress, seen=None, beside=None) -> None:
-        """Find or recover a block's codes, and leave its weights dequantized.
-
-        seen: what entered its layers, if samples come through the block; without, it is rounded to nearest.
-        beside: what else calibration found in the block, by name.
-        """
-        layers = self.plan.quantized(block)
-        number = len(self.block_log)
-        result = store.recover(block, layers)
-        recovered = result is not None
-        if result is None:
-            result = self._run_algorithm(number, block, module, layers, seen, progress)
-            store.save(block, dataclasses.replace(result, beside=beside or {}))
-        self._input_scales = {name: tensor.input_scale for name, tensor in result.tensors.items()}
-        if seen is not None or not self.streamed.is_streamed:
-            put_weights(module, block, result.tensors, layers)
-        self.block_log.append(
-            {
-                "name": block,
-                "layers": len(layers),
-                "start_loss": result.start_loss,
-                "final_loss": result.final_loss,
-                "losses": result.losses,
-                "note": result.note,
-                "resumed": recovered,
-                "experts": expert_tokens(layers, seen) if seen is not None else None,
-            }
-        )
-        progress.block(number, block, _outcome(result, layers, recovered))
-
-    def _run_algorithm(self, number, block, module, layers, seen, progress) -> BlockResult:
-        check_finite(module, block, layers)
-        scales = input_scales(layers, seen or {})
-        task = BlockTask(
-            name=block,
-            module=module,
-            layers=layers,
-            settings=self.tune,
-            seed=int.from_bytes(hashlib.sha256(f"{self.tune.seed}:{block}".encode()).digest()[:8], "big"),
-            io=self._chain.io() if seen is not None else None,
-            importance=shared_importance(layers, seen or {}),
-            fused_max=fused_maxima(module, block, layers),
-            sparse=frozenset(rarely_used(layers, seen)) if seen is not None else frozenset(),
-            amp=self.amp,
-            on_step=lambda step, loss: progress.step(number, block, step, loss),
-        )
-        with quantized_inputs(self.model, layers, scales):
-            result = algorithm(self.algorithm_name if seen is not None else "rtn")(task)
-        fixed = {name: dataclasses.replace(result.tensors[name], input_scale=scale) for name, scale in scales.items()}
-        return dataclasses.replace(result, tensors={**result.tensors, **fixed})
+    _quantize_blocks = quantize_blocks  # the name that tests of single models call it by
 
     def _quantize_outside(self, store: Store) -> None:
-        """Layers outside the blocks (an lm_head): rounded to nearest with searched scales."""
-        layers = self.plan.quantized(OUTSIDE)
-        if not layers or store.has(OUTSIDE):
-            return
-        task = BlockTask(name="", module=self.model, layers=layers, settings=self.tune, seed=self.tune.seed)
-        store.save(OUTSIDE, algorithm("rtn")(task))
+        quantize_outside(self.model, self.plan, store, self.tune, self.ranks)
+
+    def _close_chain(self) -> None:
+        if self._chain is not None:
+            self._chain.close()
+            self._chain = None
+
+    def _placement(self) -> Placement:
+        prefix = f"rank{self.ranks.rank}-" if self.ranks.rank else ""
+        return Placement(self.device, self.working.keep, self.store.folder, prefix)
+
+    def _note(self, text: str) -> None:
+        """Say something that a person should know, now and in the report."""
+        logger.warning(text)
+        self.warnings.append(text)
 
     # ---- the public calls ------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
         """Everything that the codes depend on, as far as it is known without running the model."""
-        from importlib.metadata import version
-
-        source = self.streamed.checkpoint.fingerprint() if self.streamed.is_streamed else hash_weights(self.model)
-        return {
-            "source": source,
-            "source_dir": str(self.source_dir or ""),
-            "algorithm": self.algorithm_name,
-            "settings": {**describe(self.tune), "iters": self.tune.iters, "seed": self.tune.seed},
-            "attention": self.attention.asked(),
-            "data": self.data.sha256 if self.data is not None and self.needs_data else None,
-            "scheme": self.scheme.to_dict(),
-            "layers": {name: plan.scheme.to_dict() for name, plan in self.plan.quantized().items()},
-            "blocks": [list(stack) for stack in self.plan.blocks],
-            "device": self.device.type,
-            "auto_round": __version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        }
+        return facts_of(self)
 
     def _open_store(self, root: Path | None) -> Store:
         if self.needs_data:
             self.load_data()
         if root is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="auto_round_")
-            root = Path(self._temporary.name)
-        self._store = Store(root, self.facts())
-        return self._store
+            root, self._temporary = temporary_root(self.ranks)
+        self.store = open_store(root, self.facts(), self.ranks)
+        return self.store
 
     def run(self, work: Path | None = None) -> Store:
         """Everything up to the store: calibrate where the algorithm needs it, then quantize every block."""
-        store = self._store if self._store is not None and work is None else self._open_store(work)
+        store = self.store if self.store is not None and work is None else self._open_store(work)
         if self.needs_data:
             self.calib()
         else:
             self.observe_original()
-        self._quantize_blocks()
+        self.quantize_blocks()
         return store
 
     def quantize(self) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
@@ -482,14 +367,7 @@ class Compressor:
 
     def put_quantized(self, store: Store) -> None:
         """Load the whole model with its quantized weights, dequantized, in place."""
-        for part in self.plan.parts:
-            layers = self.plan.quantized(part)
-            inside = part != OUTSIDE
-            module = self.streamed.load(part) if inside else self.model
-            tensors = store.load(part, layers).tensors
-            put_weights(module, part if inside else "", tensors, layers)
-            attach_qparams(self.model, tensors, layers)
-            attach_inputs(self.model, layers, {name: tensor.input_scale for name, tensor in tensors.items()})
+        put_quantized(self.streamed, self.plan, store)
 
     def save_quantized(
         self,
@@ -503,10 +381,13 @@ class Compressor:
 
         inplace: accepted for compatibility; what is written comes from the store, not from the model in memory.
         """
-        if self._store is None:
+        if self.store is None:
             raise RuntimeError("save_quantized() writes what quantize() found: call quantize() first")
-        fmt = self._bind(format or self.default_format)
-        folder = save(self, self._store, fmt, Path(output_dir), max_shard_size)
+        fmt = self.bind(format or self.default_format)
+        final = Path(output_dir).expanduser().resolve()
+        if self.ranks.main:
+            prepare_output(final, self.source_dir)
+        folder = self._save(fmt, final, max_shard_size)
         return (self.model, str(folder)) if return_folders else self.model
 
     def quantize_and_save(
@@ -528,25 +409,28 @@ class Compressor:
             (model, folder), or a list of folders for several formats. A model streamed from a folder comes back
             without its weights; load the written one.
         """
-        formats = [self._bind(name) for name in (format or self.default_format).split(",")]
-        base = Path(output_dir).expanduser() / folder_name(self.name, self.scheme, self.gguf is not None)
-        prepare_output(base)
-        self.estimate = check_fits(self, formats, base, force)
-        finals = [base if len(formats) == 1 else base / fmt.name.replace(":", "-").replace("_", "-") for fmt in formats]
+        formats = [self.bind(name) for name in (format or self.default_format).split(",")]
+        output = Path(output_dir).expanduser().absolute()
+        base = (output / folder_name(self.name, self.scheme, self.gguf is not None)).resolve()
+        finals = format_folders(base, formats)
+        if self.ranks.main:
+            for final in finals:
+                prepare_output(final, self.source_dir)
+            with naming_the_lack("estimating what the run needs"):
+                self.estimate = check_fits(self, formats, base, force)
+        command = command_line(self._asked, output, [fmt.name for fmt in formats], max_shard_size, force)
         with contextlib.closing(self._open_store(base.with_name(base.name + ".work"))) as store:
             self.run()
-            folders = [
-                str(save(self, store, fmt, final, max_shard_size)) for fmt, final in zip(formats, finals, strict=True)
-            ]
+            with naming_the_lack("writing and verifying the result"):
+                pairs = zip(formats, finals, strict=True)
+                folders = [str(self._save(fmt, final, max_shard_size, command)) for fmt, final in pairs]
             if not self.streamed.is_streamed:
                 self.put_quantized(store)
         return self.model, folders[0] if len(folders) == 1 else folders
 
-
-def _outcome(result: BlockResult, layers: Mapping[str, LayerPlan], recovered: bool) -> str:
-    text = f"quantized {len(layers)} layers"
-    if recovered:
-        return f"{text} (in an earlier run)"
-    if result.start_loss is not None:
-        text += f", loss {result.start_loss:.4g} -> {result.final_loss:.4g}"
-    return f"{text}; {result.note}" if result.note else text
+    def _save(self, fmt: ExportFormat, final: Path, max_shard_size: Any, command: str | None = None) -> Path:
+        """Write and verify a folder, which the main rank does; the others wait, so that it is there for all."""
+        if self.ranks.main:
+            save(self, self.store, fmt, final, max_shard_size, command)
+        self.ranks.barrier()
+        return final

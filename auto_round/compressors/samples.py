@@ -14,7 +14,7 @@ from auto_round.calibration.feed_mllm import build_multimodal, is_multimodal_dat
 from auto_round.settings import CalibSettings
 
 CHECK_SAMPLES = 4
-CHECK_TOKENS = 1024
+CHECK_TOKENS = 512
 CHECK_LOGIT_BYTES = 128 << 20
 """Bounds of the check batch: tokens, and bytes of its logits (a vocabulary can be large)."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -34,14 +36,18 @@ def check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan])
             )
 
 
-def first_bad_tensor(streamed: StreamedModel, blocks: Sequence[str]) -> str:
-    """Why a model gives logits that are not finite: the first weight that is not, if there is one."""
-    for block in blocks:
-        with streamed.loaded(block) as module:
-            for name, parameter in module.named_parameters():
-                if not torch.isfinite(parameter).all():
-                    return f"{block}.{name} holds NaN or Inf; the checkpoint is damaged, download or convert it again"
-    return "its weights are finite, so its forward overflows in this dtype; try another model_dtype"
+def first_bad_tensor(streamed: StreamedModel, blocks: Sequence[str], first: str | None = None) -> str:
+    """Why a model gives logits that are not finite: the first weight that is not, if there is one.
+
+    first: the first block whose output is not finite.
+    """
+    for block in (None, *blocks):  # what lies outside the blocks is there all the time
+        with streamed.loaded(block) if block else contextlib.nullcontext(streamed.model) as module:
+            for name, parameter in module.named_parameters(prefix=block or ""):
+                if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+                    return f"{name} holds NaN or Inf; the checkpoint is damaged, download or convert it again"
+    where = f"from {first} on " if first is not None else ""
+    return f"its weights are finite, so {where}its forward overflows in this dtype; try another model_dtype"
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -51,6 +57,13 @@ def hash_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def hash_config(model: nn.Module, source_dir: Path | None) -> str:
+    """sha256 of what says how the weights are used: config.json where there is one."""
+    if source_dir is not None:
+        return hashlib.sha256((source_dir / "config.json").read_bytes()).hexdigest()
+    return hashlib.sha256(repr(getattr(model, "config", None)).encode()).hexdigest()
 
 
 def fused_maxima(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> dict[str, float]:

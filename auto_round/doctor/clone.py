@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from auto_round.doctor.tiny import build, tiny_config
-from auto_round.modeling.checkpoint import CheckpointError
+from auto_round.modeling.reading import CheckpointError, read_json
 from auto_round.utils.model import load_config, model_class
 
 LARGEST_EXTRA = 64 << 20  # bytes
@@ -53,10 +53,7 @@ def _as_folder(file: Path, work: Path) -> Path:
         return file.parent
     folder = work / "config"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error})") from error
+    fields = read_json(file)
     if isinstance(fields.get("config"), dict) and "model_type" in fields:  # a file of a collection of configurations
         fields = {"model_type": fields["model_type"], **fields["config"]}
     (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")

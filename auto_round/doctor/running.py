@@ -189,7 +189,7 @@ def check_calib(ctx: Context) -> Finding:
 
 def check_quantize(ctx: Context) -> Finding:
     try:
-        ctx.run._quantize_blocks()
+        ctx.run.quantize_blocks()
     except Exception as error:
         raise _explain(ctx, error, "quantize") from error
     log = ctx.run.block_log
@@ -201,7 +201,7 @@ def check_quantize(ctx: Context) -> Finding:
         cause = f"the loss of {listed(bad)} is not a number (from {start} to {end})"
         facts = _forward_facts(ctx)
         raise Symptom(cause, "forward", symptom="diverging calibration", facts=facts)
-    ctx.store = ctx.run._store
+    ctx.store = ctx.run.store
     idle = {entry["name"]: entry["note"] for entry in log if entry["note"]}
     detail = f"{sum(entry['layers'] for entry in log)} layers of {len(log)} blocks, {len(tuned)} of them tuned"
     detail += f"; {next(iter(idle.values()))}" if idle else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -13,8 +15,6 @@ from auto_round.plan import ModelPlan
 from auto_round.store import Store
 from auto_round.tied import put_tied, quantized_outside
 from auto_round.wrapper import quantized_inputs
-
-RELOAD_LIMIT = 512 << 20  # bytes of checkpoint up to which Transformers itself is made to load it
 
 RELOAD_TOLERANCE = 2e-2  # relative difference of logits; the dequantized weights are compared bit for bit
 
@@ -91,10 +91,12 @@ def reload_problem(
     trust_remote_code: bool,
     routed: bool = False,
     tolerance: float = RELOAD_TOLERANCE,
+    amp: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> str | None:
     """Transformers loads the folder, and computes the logits of the quantized model.
 
-    tolerance: relative difference that rounding may bring. routed: tokens choose among experts. A rounding error can
+    tolerance: relative difference that rounding may bring. amp: the context in which `expected` was computed.
+    routed: tokens choose among experts. A rounding error can
     send a few of them elsewhere, so three quarters of the tokens must agree instead of all of them; a wrong model is
     wrong nearly everywhere.
     """
@@ -102,7 +104,7 @@ def reload_problem(
     from auto_round.inference.load import load_model
 
     model = load_model(folder, trust_remote_code)
-    with no_cache(model):
+    with no_cache(model), amp():
         got = run_logits(model, batch, "cpu")
     overall, most = logit_error(got, expected)
     if not (overall <= tolerance or (routed and most <= tolerance)):
