@@ -278,6 +278,8 @@ def find_embedding(model: nn.Module) -> LayerInfo | None:
 def tied_layers(model: nn.Module) -> dict[str, str]:
     """Layers whose weight is another layer's, stored under its name only: layer → that other one."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
+    if not ties:
+        return {}
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = {name for name, module in modules.items() if is_supported_layer(module)}
     pairs = ((name.rpartition("."), home.rpartition(".")) for name, home in ties.items())
