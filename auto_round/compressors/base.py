@@ -34,9 +34,7 @@ from auto_round.compressors.request import Request, Source
 from auto_round.compressors.samples import CHECK_SAMPLES, check_batch, read_samples
 from auto_round.compressors.saving import folder_name, format_folders, prepare_output, save
 from auto_round.compressors.together import all_notes, open_store, temporary_root
-from auto_round.compressors.weights import (
-    first_bad_tensor,
-)
+from auto_round.compressors.weights import first_bad_tensor
 from auto_round.estimate import Estimate
 from auto_round.formats import format_name, make_format
 from auto_round.formats.base import ExportFormat
