@@ -16,7 +16,7 @@ from auto_round.store import BlockResult
 
 MEAN, SQUARE = 0.9, 0.95  # decay of the moments
 VALUE_LR, CLIP_LR = 0.03, 0.003  # steps of offsets, in steps of the grid, and of the factors of ranges
-TINY = 1e-12
+TINY = 1e-20  # keeps 0 / 0 away; far below gradients, which are around 1e-8 and smaller in larger models
 
 
 def quantize_block(task: BlockTask) -> BlockResult:
