@@ -27,9 +27,11 @@ from auto_round.schemes import TensorSpec
 SAMPLE_WEIGHTS = 1 << 19  # elements of a weight whose scales are searched: more are searched piece by piece
 STEP_WEIGHTS = 1 << 21  # elements of a weight that takes a step: beyond a CPU's cache, as a layer is
 WIDEST, HEADS, ROWS = 4096, 4, 512  # channels, heads and tokens that are tried
-PRODUCT = 5e9  # multiplications and additions of a sampled matrix product
+WATCHED = 1 << 23  # elements of a watched input: in float32 more than the allocator keeps, so its pages come anew
+PRODUCT = 2.5e9  # multiplications and additions of a sampled matrix product
+TOKENS = 1024  # of it at most: with more, so few columns are left that its backward is another product
 DRAWN = 1 << 20  # random numbers, repeated in larger tensors: to draw them takes longer than to use them
-ENOUGH = 0.1  # seconds after which a measurement is not repeated
+ENOUGH = 0.06  # seconds after which a measurement is not repeated
 REPEATS = 3
 
 
@@ -163,11 +165,12 @@ def _rows(shape: LayerShape, most: int) -> int:
 
 def _product(shape: LayerShape, setting: Setting) -> tuple[float, float]:
     """Seconds for each token of a layer's forward, and of its backward to weights and inputs."""
-    columns = max(32, min(shape.out_features, int(PRODUCT / (2 * shape.rows * shape.in_features))))
+    rows = min(shape.rows, TOKENS)
+    columns = max(32, min(shape.out_features, int(PRODUCT / (2 * rows * shape.in_features))))
     columns = min(columns, shape.out_features)
-    x = setting.random(shape.rows, shape.in_features)
+    x = setting.random(rows, shape.in_features)
     weight = setting.random(columns, shape.in_features)
-    scale = shape.out_features / columns / shape.rows
+    scale = shape.out_features / columns / rows
 
     ahead, back = _there_and_back(lambda: functional.linear(x, weight), [x, weight], setting)
     return ahead * scale, back * scale
@@ -175,9 +178,10 @@ def _product(shape: LayerShape, setting: Setting) -> tuple[float, float]:
 
 def _watching(shape: LayerShape, setting: Setting) -> float:
     """Seconds for each token of what is collected of a layer's inputs while the original runs."""
-    x, layer = setting.random(shape.rows, shape.in_features), torch.nn.Identity()
+    rows = min(shape.rows, max(1, WATCHED // shape.in_features))
+    x, layer = setting.random(rows, shape.in_features), torch.nn.Identity()
     with inputs_of({"layer": layer}):
-        return best(lambda: layer(x), setting.device) / shape.rows
+        return best(lambda: layer(x.view_as(x)), setting.device) / rows  # a new tensor: what it is is found anew
 
 
 def _tuning(tunable: Tunable, setting: Setting) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import OUTSIDE, LayerPlan, ModelPlan
 from auto_round.settings import TuneSettings
 from auto_round.speed import Glue, LayerShape
+from auto_round.utils.common import walk, walk_parameters
 
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
@@ -146,13 +147,13 @@ def workload(
 
 
 def _nbytes(module: torch.nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+    return sum(parameter.numel() * parameter.dtype.itemsize for _, parameter in walk_parameters(module))
 
 
 def _tables(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Weights of token embeddings that no layer multiplies with."""
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    found = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    found = [module.weight for _, module in walk(model) if isinstance(module, torch.nn.Embedding)]
     return [weight for weight in found if output is None or weight is not getattr(output, "weight", None)]
 
 

@@ -149,8 +149,8 @@ ALLOCATIONS += [(torch.Tensor, "clone"), (torch.Tensor, "to"), (torch.Tensor, "f
 
 def spill(monkeypatch):
     """Let activations go to files."""
-    real = base.Compressor._placement
-    monkeypatch.setattr(base.Compressor, "_placement", lambda self: dataclasses.replace(real(self), keep="file"))
+    real = base.Compressor.placement
+    monkeypatch.setattr(base.Compressor, "placement", lambda self: dataclasses.replace(real(self), keep="file"))
 
 
 def no_space():

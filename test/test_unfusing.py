@@ -19,7 +19,7 @@ from auto_round.modeling.fused_moe.replace_modules import (
     release,
     scatter,
 )
-from auto_round.modeling.fused_moe.structure import expert_counts
+from auto_round.modeling.fused_moe.structure import expert_counts, unfuse
 
 SIZES = {
     "vocab_size": 96,
@@ -373,6 +373,21 @@ def test_shared_modules_and_tied_parameters_stay_shared():
     first, second = holder.blocks[0].get_submodule("1"), holder.blocks[2].get_submodule("1")
     assert first.down_proj.weight is second.down_proj.weight
     assert first.gate_proj.weight is not second.gate_proj.weight
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_copied_experts_share_nothing_that_changes(device):
+    with torch.device(device):
+        fused = Interface(False, False, True, True, False)
+    new = unfuse(fused, "blocks.0", Holder(fused))
+    first, second = (new.get_submodule(f"{index}.down_proj") for index in (0, 1))
+    assert first.weight is not second.weight and first.weight.shape == second.weight.shape
+    first.register_forward_pre_hook(lambda module, args: None)
+    first.register_buffer("scale", torch.ones(1), persistent=False)
+    first.weight = nn.Parameter(torch.zeros(2, 2))
+    assert not second._forward_pre_hooks and not hasattr(second, "scale")
+    assert not second._non_persistent_buffers_set
+    assert second.weight.shape != (2, 2)
 
 
 def test_slices_of_stacked_rows():

@@ -8,7 +8,7 @@ from torch import nn
 from auto_round.modeling.fused_moe.replace_modules import apply_replacements, register_replacement
 from auto_round.plan import PlanError
 from auto_round.utils import LazyImport, get_block_names, is_mllm_model, model_infer
-from auto_round.utils.common import is_supported_layer
+from auto_round.utils.common import all_finite, is_supported_layer, walk, walk_parameters
 from auto_round.utils.model import find_layers, get_lm_head_name, select_blocks
 
 
@@ -26,6 +26,33 @@ def test_subclasses_of_linear_count():
 
     assert is_supported_layer(Own(4, 4))
     assert not is_supported_layer(nn.LayerNorm(4))
+
+
+def test_walks_see_what_pytorch_sees_in_its_order():
+    model = tiny_llama()
+    model.again = model.model.layers[1]  # held twice, and listed under the first name
+    model.model.layers[0].nothing = None
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.gate_proj.weight
+    model.register_module("absent", None)
+    assert list(walk(model)) == list(model.named_modules())
+    block = model.model.layers[0]
+    assert list(walk(block, "a.b")) == list(block.named_modules(prefix="a.b"))
+    pairs = zip(walk_parameters(model, "x"), model.named_parameters(prefix="x"), strict=True)
+    assert all(mine[0] == theirs[0] and mine[1] is theirs[1] for mine, theirs in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2])
+def test_one_value_that_is_not_finite_is_seen(dtype):
+    assert all_finite(torch.ones(3, 1000).to(dtype)) and all_finite(torch.ones(0).to(dtype))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 1234, 2999):
+            tensor = torch.ones(3000)
+            tensor[place] = value
+            assert not all_finite(tensor.to(dtype)) and not all_finite(tensor.to(dtype).view(3, 1000).t())
+
+
+def test_integers_are_finite():
+    assert all_finite(torch.tensor([1, 2]))
 
 
 def test_blocks_can_be_chosen():

@@ -14,6 +14,7 @@ from auto_round.algorithms.base import relative_name
 from auto_round.formats.engines import merged_groups
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import LayerPlan
+from auto_round.utils.common import all_finite
 
 
 def copy_weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -29,7 +30,7 @@ def restore_weights(module: nn.Module, weights: Mapping[str, torch.Tensor]) -> N
 def check_finite(module: nn.Module, block: str, layers: Mapping[str, LayerPlan]) -> None:
     """Refuse a block with NaN or Inf in the weights of these layers."""
     for name in layers:
-        if not torch.isfinite(module.get_submodule(relative_name(name, block)).weight).all():
+        if not all_finite(module.get_submodule(relative_name(name, block)).weight):
             raise ValueError(
                 f"{name}.weight holds NaN or Inf: the checkpoint is damaged; download or convert it again, "
                 f"or keep the layer with ignore_layers={name!r}"
@@ -44,7 +45,7 @@ def first_bad_tensor(streamed: StreamedModel, blocks: Sequence[str], first: str 
     for block in (None, *blocks):  # what lies outside the blocks is there all the time
         with streamed.loaded(block) if block else contextlib.nullcontext(streamed.model) as module:
             for name, parameter in module.named_parameters(prefix=block or ""):
-                if parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+                if parameter.device.type != "meta" and not all_finite(parameter):
                     return f"{name} holds NaN or Inf; the checkpoint is damaged, download or convert it again"
     where = f"from {first} on " if first is not None else ""
     return f"its weights are finite, so {where}its forward overflows in this dtype; try another model_dtype"

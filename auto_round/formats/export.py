@@ -22,6 +22,7 @@ from auto_round.formats.writer import CheckpointWriter, copy_side_files, write_c
 from auto_round.modeling.streaming import StreamedModel, TensorShape
 from auto_round.plan import LayerInfo, LayerPlan, ModelPlan, PlanError
 from auto_round.store import Store
+from auto_round.utils.common import all_finite
 from auto_round.utils.device import trim_memory
 from auto_round.utils.files import Lock, make_folder, sync, sync_tree
 
@@ -225,7 +226,7 @@ def write_folder(
             write(name, scale)
         for name in ledger.of("kept"):
             value = streamed.read_source(name)
-            if not _is_finite(value):
+            if not all_finite(value):
                 ledger.not_finite.append(name)
             write(name, value)
         for name, value in read_pieces(streamed, plan, store, fmt.plain):
@@ -241,12 +242,6 @@ def write_folder(
     config = _source_config(streamed, source_dir)
     write_config(fmt.adapt_config(config), fmt.config(settings), folder)
     return ledger
-
-
-def _is_finite(value: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor Inf; a part at a time, as some dtypes have to be widened."""
-    parts = value.reshape(-1).split(1 << 20) if value.is_floating_point() else ()
-    return all(bool(torch.isfinite(part.float()).all()) for part in parts)
 
 
 def _write_side_files(folder: Path, streamed: StreamedModel, source_dir: Path | None, tokenizer: Any) -> None:

@@ -6,6 +6,7 @@ configuration that llama.cpp would compute otherwise than Transformers is refuse
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -276,6 +277,12 @@ _EXPERT = re.compile(r"\.(\d+)\..*\.experts\.(\d+)\.(\w+)$")
 _EXPERT_LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}  # Mixtral's names
 
 
+@functools.cache
+def _name_map(arch: Any, blocks: int) -> Any:
+    """The gguf package's table, which takes long to make; every file type of a model asks for the same."""
+    return load_gguf().get_tensor_name_map(arch, blocks)
+
+
 class Names:
     """llama.cpp's name of each parameter of a model.
 
@@ -289,7 +296,7 @@ class Names:
         arch = next((a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family.arch), None)
         if arch is None:
             raise PlanError(f"the installed gguf package does not know {self.family.arch!r}: pip install -U gguf")
-        self._names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        self._names = _name_map(arch, config.num_hidden_layers)
 
     def find(self, parameter: str) -> tuple[str, int | None]:
         """(tensor name, number of the expert in it or None) of a parameter's name in Transformers.

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from auto_round.special_model_handler import model_traits
-from auto_round.utils.common import is_supported_layer
+from auto_round.utils.common import is_supported_layer, walk
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -75,7 +75,7 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _has_layers(module: nn.Module) -> bool:
-    return any(is_supported_layer(child) for child in module.modules())
+    return any(is_supported_layer(child) for _, child in walk(module))
 
 
 def _is_head(module: nn.Module, sizes: set[int]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from auto_round.modeling.checkpoint import Checkpoint, CheckpointError
+from auto_round.utils.common import walk
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,13 @@ def expand(first: str, converter: Any, expected: Mapping[str, Any]) -> list[str]
     return [name for name in dict.fromkeys(names) if name in expected] or [first]
 
 
-def map_names(model: nn.Module, checkpoint: Checkpoint) -> NameMap:
+def map_names(model: nn.Module, checkpoint: Checkpoint, renamer: Renamer) -> NameMap:
     """Names of a model whose modules are Transformers' own.
 
     Raises:
         CheckpointError: parameters of the model that the checkpoint has no tensor for.
     """
-    renamer, expected = Renamer(model), model.state_dict()
+    expected = model.state_dict()
     result, unused = NameMap(), []
     sources: dict[str, list[str]] = {}
     converters: dict[str, Any] = {}
@@ -164,7 +165,7 @@ def map_names(model: nn.Module, checkpoint: Checkpoint) -> NameMap:
 def _left_out(model: nn.Module) -> list[str]:
     """Patterns of what the parts of a model leave out of checkpoints, under the whole model's names."""
     patterns = []
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         for pattern in getattr(module, "_keys_to_ignore_on_save", None) or ():
             patterns.append(f"^{re.escape(name)}\\..*{pattern}" if name else pattern)
     return patterns
@@ -193,7 +194,7 @@ def _check_complete(model: nn.Module, absent: list[str], checkpoint: Checkpoint)
         )
 
 
-def adapt_names(names: NameMap, model: nn.Module, replaced: Mapping[str, Any]) -> tuple[NameMap, set[str]]:
+def adapt_names(names: NameMap, replaced: Mapping[str, Any], renamer: Renamer) -> tuple[NameMap, set[str]]:
     """Names after fused modules were replaced; and the replaced modules whose tensors must be cut out of fused ones.
 
     A checkpoint that holds experts one by one gives its tensors to the layers directly. One that holds them fused is
@@ -201,10 +202,10 @@ def adapt_names(names: NameMap, model: nn.Module, replaced: Mapping[str, Any]) -
     """
     if not replaced:
         return names, set()
-    renamer, expected = Renamer(model), model.state_dict()
     result = NameMap(dict(names.direct), dict(names.groups), names.unused)
     split: set[str] = set()
     parts = _parts_by_source(replaced)
+    expected = {part: True for made in parts.values() for part in made}
     taken: dict[tuple[str, ...], list[str]] = {}  # sources → fused parameters that they become
     for fused in parts:
         taken.setdefault(_take_sources(names, result, fused), []).append(fused)

@@ -52,12 +52,13 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
         self.blocks: tuple[str, ...] = ()
-        self.original_names = map_names(model, checkpoint) if checkpoint is not None else NameMap()
+        self._renamer = None if checkpoint is None else Renamer(model)
+        self.original_names = NameMap() if checkpoint is None else map_names(model, checkpoint, self._renamer)
         self.replaced: dict[str, Replaced] = apply_replacements(model)
         if checkpoint is None:
             self.names, self._split = own_names(model), set()
         else:
-            self.names, self._split = adapt_names(self.original_names, model, self.replaced)
+            self.names, self._split = adapt_names(self.original_names, self.replaced, self._renamer)
         # Tensors of single experts, which go to those experts' layers past Transformers' fusing converter.
         self._parted = set(self.names.direct.values()) - set(self.original_names.direct.values())
         self._swapped = False
@@ -252,7 +253,8 @@ class StreamedModel:
 
         if not keys:
             return
-        renamer = Renamer(self.model)  # anew: converters collect tensors while they work
+        # Converters collect tensors while they work, so a load that needs some gets its own.
+        renamer = Renamer(self.model) if convert and self._renamer.converters else self._renamer
         config = LoadStateDictConfig(
             device_map={"": str(self.device)},
             dtype=getattr(self.model, "dtype", None),

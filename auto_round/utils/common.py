@@ -1,9 +1,10 @@
-"""Layer types that can be quantized, and lazy imports. Imports nothing of the package."""
+"""Layer types that can be quantized, walks of modules, a look for NaN, lazy imports. Imports nothing of the package."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +63,48 @@ def is_supported_layer(module: nn.Module) -> bool:
     known = isinstance(module, SUPPORTED_LAYER_TYPES) or type(module).__name__ in INNER_SUPPORTED_LAYER_TYPES
     weight = getattr(module, "weight", None) if known else None
     return isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of a module and all below it, each once: `named_modules`, in its order, several times as fast.
+
+    That passes every module through a generator for each level above it, and experts make fifty thousand of them.
+    """
+    seen: set[nn.Module] = set()
+    waiting = [(prefix, module)]
+    while waiting:
+        name, found = waiting.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        yield name, found
+        if found._modules:
+            lead = f"{name}." if name else ""
+            children = [(lead + own, child) for own, child in found._modules.items() if child is not None]
+            waiting += reversed(children)
+
+
+def walk_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of a module and all below it, each once: `named_parameters`, in its order."""
+    seen: set[int] = set()
+    for name, found in walk(module, prefix):
+        for own, parameter in found._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield (f"{name}.{own}" if name else own), parameter
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: its extremes tell, in a tenth of the time of `isfinite` or less.
+
+    Eight-bit floats, which have no extremes in PyTorch, are widened, a part at a time.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    narrow = tensor.dtype.itemsize == 1
+    parts = tensor.detach().reshape(-1).split(1 << 20) if narrow else (tensor.detach(),)
+    extremes = (torch.stack(torch.aminmax(part.float() if narrow else part)) for part in parts)
+    return all(bool(found.isfinite().all()) for found in extremes)
 
 
 def is_transposed(module: nn.Module) -> bool:

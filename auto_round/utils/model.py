@@ -18,7 +18,7 @@ from auto_round.modeling.sources import open_checkpoint
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.modeling.trust import LimitedTensors, check_sizes, check_trusted
 from auto_round.plan import MIN_COVERAGE, LayerInfo, PlanError, match_layers
-from auto_round.utils.common import is_supported_layer, is_transposed
+from auto_round.utils.common import is_supported_layer, is_transposed, walk, walk_parameters
 
 _TABLES = {  # of text-generating classes, in the order in which they are looked at
     "MODEL_FOR_CAUSAL_LM_MAPPING": "AutoModelForCausalLM",
@@ -219,43 +219,46 @@ def find_layers(
     stacks: Sequence[Sequence[str]],
     matrices: Callable[[list[str]], Collection[str]] = lambda names: names,
     routers: Collection[str] | None = None,
+    source: Callable[[str], tuple[str, bool]] = lambda name: ("", False),
 ) -> list[LayerInfo]:
     """Every layer that could be quantized, in the order of the module tree.
 
     matrices: given the names of large parameters that belong to no layer, those that are used as matrices; asked only
     where it decides whether enough of the blocks' weights can be quantized.
     routers: what `find_routers` finds, where that is known.
+    source: given a layer's name, the one it is stored under, and whether it is cut out of a fused tensor.
 
     Raises:
         PlanError: the model has none, or blocks whose weights mostly sit outside such layers.
     """
     blocks = [name for stack in stacks for name in stack]
-    inside = _BlockIndex(blocks)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    inside, tied = _BlockIndex(blocks), set(getattr(model, "all_tied_weights_keys", None) or {})
     aliases = tied_layers(model)
     seen: dict[int, str] = {}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    modules = list(walk(model))
+    embeddings = {id(m.weight) for _, m in modules if isinstance(m, nn.Embedding)}
     routers = find_routers(model, blocks) if routers is None else routers
     layers = []
-    for name, module in model.named_modules():
-        if not is_supported_layer(module) or id(module.weight) in seen or name in aliases:
+    for name, module in modules:
+        if not is_supported_layer(module) or id(weight := module.weight) in seen or name in aliases:
             continue
-        seen[id(module.weight)] = name
-        rows, columns = module.weight.shape
+        seen[id(weight)] = name
         transposed = is_transposed(module)
-        if transposed:
-            rows, columns = columns, rows
+        rows, columns = weight.shape[::-1] if transposed else weight.shape
+        stored, fused = source(name)
         layers.append(
             LayerInfo(
                 name=name,
                 out_features=rows,
                 in_features=columns,
                 block=inside.of(name),
-                tied=f"{name}.weight" in tied or id(module.weight) in embeddings,
+                tied=f"{name}.weight" in tied or id(weight) in embeddings,
                 transposed=transposed,
                 has_bias=getattr(module, "bias", None) is not None,
-                dtype=module.weight.dtype,
+                dtype=weight.dtype,
                 role="router" if name in routers else "",
+                fused=fused,
+                stored=stored,
             )
         )
     _check_coverage(model, blocks, layers, routers, matrices)
@@ -270,7 +273,7 @@ def find_embedding(model: nn.Module) -> LayerInfo | None:
         return None
     if not isinstance(table, nn.Embedding):
         return None
-    name = next(name for name, module in model.named_modules() if module is table)
+    name = next(name for name, module in walk(model) if module is table)
     rows, columns = table.weight.shape
     return LayerInfo(name, rows, columns, None, dtype=table.weight.dtype, role="embedding")
 
@@ -312,14 +315,21 @@ def find_routers(model: nn.Module, blocks: Sequence[str]) -> set[str]:
     """
     found: set[str] = set()
     for block in blocks:
-        modules = list(model.get_submodule(block).named_modules(prefix=block))
+        modules = list(walk(model.get_submodule(block), block))
         sizes = {module: count for _, module in modules if (count := count_experts(module))}
         inside: set[str] = set()  # a router, and whatever it lies in
-        for name, module in reversed(modules):  # the innermost first: what stands around it chooses nothing
+        for name, module in reversed(modules) if sizes else ():
             if name in inside:
-                continue
-            counts = {sizes[child] for child in module.children() if child in sizes}
-            deeper = {sizes[part] for child in module.children() for part in child.children() if part in sizes}
+                continue  # the innermost come first: what stands around a router chooses nothing
+            children = module._modules.values()
+            counts = {sizes[child] for child in children if child in sizes}
+            deeper = {
+                sizes[part]
+                for child in children
+                if child is not None
+                for part in child._modules.values()
+                if part in sizes
+            }
             for path in _choosers(module, counts, deeper - counts):
                 found.add(f"{name}.{path}")
                 inside.update(_prefixes(f"{name}.{path}"))
@@ -335,6 +345,8 @@ def _prefixes(name: str) -> Iterator[str]:
 
 def count_experts(module: nn.Module) -> int:
     """How many experts a module holds: alike children, numbered from 0, with layers. 0 where it holds none."""
+    if not any(name[-1:].isdigit() for name in module._modules):
+        return 0
     members = [(name, child) for name, child in module.named_children() if re.search(r"(^|_)\d+$", name)]
     alike = len({type(child) for _, child in members}) == 1
     if len(members) > 1 and alike and members[0][0].endswith("0") and all(_has_layer(child) for _, child in members):
@@ -343,7 +355,7 @@ def count_experts(module: nn.Module) -> int:
 
 
 def _has_layer(module: nn.Module) -> bool:
-    return any(is_supported_layer(child) for child in module.modules())
+    return any(is_supported_layer(child) for _, child in walk(module))
 
 
 def _choosers(module: nn.Module, beside: set[int], deeper: set[int]) -> list[str]:
@@ -353,7 +365,7 @@ def _choosers(module: nn.Module, beside: set[int], deeper: set[int]) -> list[str
     """
     paths = []
     for name, child in module.named_children() if beside or deeper else ():
-        weights = [(path, p) for path, p in child.named_parameters() if p.dim() == 2]
+        weights = [(path, p) for path, p in walk_parameters(child) if p.dim() == 2]
         if not weights or count_experts(child) or any(count_experts(part) for part in child.children()):
             continue
         wanted = beside if len(weights) > 1 else beside | deeper
@@ -417,11 +429,16 @@ def block_matrices(model: nn.Module, blocks: Sequence[str]) -> Iterator[tuple[st
     """Parameters in the blocks that are used as matrices: not embeddings, convolutions, or thinner than 32."""
     seen: set[int] = set()
     for block in blocks:
-        for name, module in model.get_submodule(block).named_modules(prefix=block):
+        for name, module in walk(model.get_submodule(block), block):
             if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd)):
                 continue
-            for own, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() in (2, 3) and min(parameter.shape[-2:]) >= 32 and id(parameter) not in seen:
+            for own, parameter in module._parameters.items():
+                if (
+                    parameter is not None
+                    and parameter.dim() in (2, 3)
+                    and min(parameter.shape[-2:]) >= 32
+                    and id(parameter) not in seen
+                ):
                     seen.add(id(parameter))
                     yield f"{name}.{own}", parameter
 
@@ -445,7 +462,7 @@ def get_lm_head_name(model: nn.Module) -> str | None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None or not is_supported_layer(head):
         return None
-    return next((name for name, module in model.named_modules() if module is head), None)
+    return next((name for name, module in walk(model) if module is head), None)
 
 
 def is_mllm_model(model_or_path: nn.Module | str | os.PathLike, platform: str | None = None) -> bool:

@@ -12,7 +12,7 @@ from auto_round.modeling.checkpoint import CheckpointError
 from auto_round.modeling.reading import AGAIN, kind_of, read_json, reading
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import OUTSIDE
-from auto_round.utils.common import is_supported_layer, is_transposed
+from auto_round.utils.common import all_finite, is_supported_layer, is_transposed
 from auto_round.utils.model import load_streamed, load_tokenizer, only_gguf
 from auto_round.verify.artifact import Artifact, layout_problem
 from auto_round.verify.mlx import is_mlx
@@ -74,10 +74,10 @@ def _verify_gguf(result: Verification, folder: Path, against: str | Path | None,
 
 def _finite_problem(artifact: Artifact) -> str | None:
     for name, entry in artifact.checkpoint.entries.items():
-        if entry.dtype.is_floating_point and not torch.isfinite(artifact.checkpoint.read_one(name).float()).all():
+        if entry.dtype.is_floating_point and not all_finite(artifact.checkpoint.read_one(name)):
             return f"{name} holds NaN or Inf"
     for layer in artifact.packed_layers():
-        if not artifact.weight(layer).isfinite().all():
+        if not all_finite(artifact.weight(layer)):
             return f"{layer} dequantizes to NaN or Inf"
     return None
 

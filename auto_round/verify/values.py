@@ -13,6 +13,7 @@ from auto_round.modeling.fused_moe.layout import Slice
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.plan import LayerInfo, ModelPlan
 from auto_round.store import Store
+from auto_round.utils.common import all_finite
 from auto_round.utils.device import trim_memory
 from auto_round.verify.artifact import Artifact
 
@@ -44,7 +45,7 @@ def codes_problem(
         want = tensor.dequantize(read.dtype) if as_read is None else as_read(tensor, layers[name].info, read.dtype)
         if not torch.equal(read, want):
             return f"{name} reads back differently from what was quantized"
-        if not torch.isfinite(tensor.scale.float()).all():
+        if not all_finite(tensor.scale):
             return f"{name} holds scales that are not finite"
         if tensor.input_scale is not None and artifact.quantization is not None:
             found = artifact.input_scale(stems[name])

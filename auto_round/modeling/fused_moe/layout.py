@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """Where one expert's weight `[out, in]` or bias `[out]` lies in a parameter of the fused module.
+
+    A model has tens of thousands of them, so they are the cheapest of objects.
 
     Attributes:
         parameter: name of the parameter, relative to the fused module.
@@ -46,7 +48,7 @@ class Slice:
 
     def inside(self, child: str) -> Slice:
         """The same slice, seen from the module that holds the fused one as `child`."""
-        return replace(self, parameter=f"{child}.{self.parameter}")
+        return self._replace(parameter=f"{child}.{self.parameter}")
 
     def put(self, fused: Tensor, value: Tensor) -> None:
         """Write a weight `[out, in]` or bias `[out]` to its place in the fused tensor."""
@@ -109,6 +111,27 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, requires_grad: bool 
     return layer
 
 
+class _Maker:
+    """Makes the modules of all experts: the first of a kind is built, the others are copies of it with other weights.
+
+    To build a module takes several times as long as to copy one, and a model may need fifty thousand.
+    """
+
+    def __init__(self, requires_grad: bool):
+        self._requires_grad = requires_grad
+        self._linears: dict[str, nn.Linear] = {}
+
+    def linear(self, name: str, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+        """A layer of that name in every expert; see `make_linear`."""
+        if name not in self._linears:
+            self._linears[name] = make_linear(weight, bias, self._requires_grad)
+            return self._linears[name]
+        layer = clone_shell(self._linears[name])
+        layer._parameters["weight"] = nn.Parameter(weight, self._requires_grad)
+        layer._parameters["bias"] = None if bias is None else nn.Parameter(bias, self._requires_grad)
+        return layer
+
+
 def read_tensor(module: nn.Module, name: str) -> Tensor:
     """A tensor of a module by dotted name, also where it is a property (the weight of a packed layer)."""
     owner, _, leaf = name.rpartition(".")
@@ -119,9 +142,9 @@ def _attach(parent: nn.Module, name: str, layer: nn.Module) -> None:
     *path, leaf = name.split(".")
     for part in path:
         if part not in parent._modules:
-            parent.add_module(part, Expert())
+            parent._modules[part] = Expert()
         parent = parent._modules[part]
-    parent.add_module(leaf, layer)
+    parent._modules[leaf] = layer  # not `add_module`, whose checks of a name take longer than all else
 
 
 def build_experts(fused: nn.Module, layouts: Sequence[Layout]) -> tuple[dict[str, nn.Module], dict[str, Slice]]:
@@ -135,21 +158,37 @@ def build_experts(fused: nn.Module, layouts: Sequence[Layout]) -> tuple[dict[str
     for layout in layouts:
         source = read_tensor(fused, layout.parameter)
         source_bias = None if layout.bias is None else read_tensor(fused, layout.bias)
+        weights, biases, maker = _Taken(source), _Taken(source_bias), _Maker(source.requires_grad)
         for index in range(layout.count(source)):
-            biases = {} if source_bias is None else dict(layout.slices(source_bias, index, bias=True))
+            bias_slices = {} if source_bias is None else dict(layout.slices(source_bias, index, bias=True))
             for name, weight in layout.slices(source, index):
-                key = ".".join(part for part in (str(index), name) if part)
+                key = f"{index}.{name}" if name else str(index)
                 origin[f"{key}.weight"] = weight
                 bias = None
-                if name in biases:
-                    origin[f"{key}.bias"] = biases[name]
-                    bias = biases[name].take(source_bias)
-                layer = make_linear(weight.take(source), bias, source.requires_grad)
+                if name in bias_slices:
+                    origin[f"{key}.bias"] = bias_slices[name]
+                    bias = biases.take(name, bias_slices[name])
+                layer = maker.linear(name, weights.take(name, weight), bias)
                 if name:
                     _attach(experts.setdefault(str(index), Expert()), name, layer)
                 else:
                     experts[str(index)] = layer
     return experts, origin
+
+
+class _Taken:
+    """Slices of a fused tensor. On the meta device those of one layer are alike in all experts: one serves them all."""
+
+    def __init__(self, fused: Tensor | None):
+        self._fused = fused
+        self._empty: dict[str, Tensor] = {}
+
+    def take(self, layer: str, part: Slice) -> Tensor:
+        if self._fused.device.type != "meta":
+            return part.take(self._fused)
+        if layer not in self._empty:
+            self._empty[layer] = part.take(self._fused)
+        return self._empty[layer]
 
 
 def clone_shell(module: nn.Module, cls: type[nn.Module] | None = None, without: Sequence[str] = ()) -> nn.Module:
@@ -163,7 +202,7 @@ def clone_shell(module: nn.Module, cls: type[nn.Module] | None = None, without: 
         without: own parameters that the clone does not get.
     """
     clone = object.__new__(cls or type(module))
-    state = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
+    state = {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in module.__dict__.items()}
     if cls is not None:
         state.pop("forward", None)  # set on the instance by whoever wrapped the forward of the other class
     for name in without:

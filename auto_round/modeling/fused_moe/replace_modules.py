@@ -7,8 +7,9 @@ is registered for a class name; `BUILTIN_MODULES` names the file that does so fo
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -123,9 +124,13 @@ def _tie(model: nn.Module, done: dict[str, Replaced]) -> None:
     """
     first: dict[tuple[int, Slice], tuple[str, nn.Parameter]] = {}
     tied: dict[str, str] = {}
+    fused = {path: _fused_tensors(replaced) for path, replaced in done.items()}
+    holders = Counter(identity for found in fused.values() for identity in found.values())
     for path, replaced in done.items():
+        if all(holders[identity] == 1 for identity in fused[path].values()):
+            continue  # most models: to look at each of a thousand experts again would tell nothing
         for name, part in replaced.origin.items():
-            key = id(read_tensor(replaced.original, part.parameter)), replace(part, parameter="")
+            key = fused[path][part.parameter], part._replace(parameter="")
             full_name, shared = first.setdefault(key, (f"{path}.{name}", read_tensor(replaced.new, name)))
             if full_name != f"{path}.{name}":
                 owner, _, leaf = name.rpartition(".")
@@ -133,11 +138,17 @@ def _tie(model: nn.Module, done: dict[str, Replaced]) -> None:
                 tied[f"{path}.{name}"] = full_name
     names = getattr(model, "all_tied_weights_keys", None)
     if names and done:
-        fused = {f"{path}.{part.parameter}" for path, r in done.items() for part in r.origin.values()}
-        kept = {key: value for key, value in names.items() if key not in fused and value not in fused}
+        gone = {f"{path}.{parameter}" for path, found in fused.items() for parameter in found}
+        kept = {key: value for key, value in names.items() if key not in gone and value not in gone}
         model.all_tied_weights_keys = kept | tied
     if tied:
         _drop_dead_patterns(model)
+
+
+def _fused_tensors(replaced: Replaced) -> dict[str, int]:
+    """Fused parameters that layers were cut out of, by name, and which tensor each is."""
+    parameters = {part.parameter for part in replaced.origin.values()}
+    return {parameter: id(read_tensor(replaced.original, parameter)) for parameter in sorted(parameters)}
 
 
 def _drop_dead_patterns(model: nn.Module) -> None:
