@@ -20,6 +20,7 @@ from auto_round.calibration.data import (
     _shares,
     build_calibration,
 )
+from auto_round.calibration.grammar import parse_sources
 
 BOS, EOS = 256, 257
 CHAT = (
@@ -224,12 +225,12 @@ def test_parse_sources(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a"}')
     text = f'pile-10k:split=a+b:num=3:concat,{path}:apply_chat_template:system_prompt="be, brief: yes"'
-    first, second = hub.parse_sources(text)
+    first, second = parse_sources(text)
     assert (first.splits, first.num, first.concat, first.apply_chat_template) == (("a", "b"), 3, True, None)
     assert first.label == "hub NeelNanda/pile-10k"
     assert second.is_file and second.apply_chat_template and second.system_prompt == "be, brief: yes"
     (odd := tmp_path / "a,b:c.txt").write_text("a")
-    assert hub.parse_sources(str(odd))[0].name == str(odd)
+    assert parse_sources(str(odd))[0].name == str(odd)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import GPTJConfig
 
 from auto_round import AutoRound
-from auto_round.calibration.hub import parse_sources
+from auto_round.calibration.grammar import parse_sources
 from auto_round.cli.main import _explain
 from auto_round.cli.parser import layer_config
 from auto_round.formats import format_name

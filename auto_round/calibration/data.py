@@ -1,20 +1,21 @@
 """Calibration samples: from text, token ids or a data loader to a fixed, reproducible set of token sequences.
 
 Text is tokenized document by document and packed, so that short documents are never thrown away and every sample has
-exactly the length asked for. Samples that come as token ids are taken as they are. How the model is driven over the
-samples is decided elsewhere; where named data comes from is in `hub.py`.
+exactly the length asked for. Samples that come as token ids are taken as they are, in `given.py`. How the model is
+driven over the samples is decided elsewhere; where named data comes from is in `hub.py`.
 """
 
-import hashlib
+import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 import torch
 
+from auto_round.calibration.given import take_given
+from auto_round.calibration.grammar import parse_sources
 from auto_round.calibration.hub import (
     CalibrationDataError,
     CalibrationFileNotFoundError,
@@ -24,8 +25,8 @@ from auto_round.calibration.hub import (
     builtin_source,
     list_records,
     open_source,
-    parse_sources,
 )
+from auto_round.calibration.samples import CalibrationData, Sample, finish
 from auto_round.modeling.reading import reading
 
 __all__ = [
@@ -36,34 +37,13 @@ __all__ = [
     "build_calibration",
 ]
 
-Sample = dict[str, torch.Tensor]
+OwnText = Callable[[bool | None, int], list[list[int]]]
+"""Lets the model write so many tokens: (use its chat template or not, None for as it has one; tokens) → documents."""
 
 TEXT_FIELDS = ("text", "content", "code")
 MESSAGE_FIELDS = ("messages", "conversations")
 # The role names of ShareGPT-like records.
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """What a model is calibrated on.
-
-    Attributes:
-        samples: each holds at least "input_ids", int64 [1, L]; other tensors have a leading dimension of 1 too,
-            unless they came in a sample of one that is passed on unchanged.
-        source: where the samples come from, in words.
-        tokens: number of token ids in `samples`.
-        sha256: digest of the token ids of `samples` in order (little-endian int64).
-        notes: what a person should know, such as that fewer samples were found than asked for.
-        held_out: further samples that are not in `samples`, for measuring; see `build_calibration`.
-    """
-
-    samples: tuple[Sample, ...]
-    source: str
-    tokens: int
-    sha256: str
-    notes: tuple[str, ...]
-    held_out: tuple[Sample, ...] = ()
 
 
 def build_calibration(
@@ -76,6 +56,7 @@ def build_calibration(
     apply_chat_template: bool = False,
     system_prompt: str | None = None,
     holdout: int = 0,
+    own_text: OwnText | None = None,
 ) -> CalibrationData:
     """Make up to `nsamples` calibration samples of `seqlen` tokens.
 
@@ -88,6 +69,7 @@ def build_calibration(
         system_prompt: opens every conversation that has no system message.
         holdout: how many samples to keep back in `held_out`. They are made of documents that `samples` does not use;
             where the data has none left, they are the last ones of `samples`, and a note says so.
+        own_text: writes the documents of the data set "self"; None where there is no model to write them.
 
     Raises:
         CalibrationDataError: the data is empty or malformed, or cannot be loaded.
@@ -102,9 +84,9 @@ def build_calibration(
     elif _is_text_list(dataset):
         sources = [dataset]
     else:
-        return _take_given(dataset, tokenizer, seqlen, nsamples, holdout)
+        return take_given(dataset, tokenizer, seqlen, nsamples, holdout)
     _check_tokenizer(sources, tokenizer, apply_chat_template, system_prompt)
-    request = _Request(tokenizer, seqlen, nsamples, seed, apply_chat_template, system_prompt, holdout)
+    request = _Request(tokenizer, seqlen, nsamples, seed, apply_chat_template, system_prompt, holdout, own_text)
     return _pack_sources(sources, request)
 
 
@@ -122,6 +104,7 @@ class _Request:
     apply_chat_template: bool
     system_prompt: str | None
     holdout: int
+    own_text: OwnText | None = None
 
 
 def _is_text_list(dataset: Any) -> bool:
@@ -239,10 +222,11 @@ def normal_messages(where: str, messages: Any) -> list[dict[str, Any]]:
 
 @dataclass
 class _Draw:
-    """Token ids drawn of one source: those to calibrate on, and those of later documents to keep back."""
+    """Token ids drawn of one source: those to calibrate on, of so many documents, and those of later ones to keep."""
 
     used: list[int]
     kept_back: list[int]
+    documents: int = 0
 
 
 def _draw(documents: Iterable[list[int]], want: int, keep: int) -> _Draw:
@@ -253,6 +237,7 @@ def _draw(documents: Iterable[list[int]], want: int, keep: int) -> _Draw:
     for ids in documents:
         if len(draw.used) < want:
             draw.used.extend(ids[: want - len(draw.used)])  # the rest of this document is in neither part
+            draw.documents += bool(ids)
         else:
             draw.kept_back.extend(ids[: keep - len(draw.kept_back)])
         if len(draw.used) >= want and len(draw.kept_back) >= keep:
@@ -260,22 +245,32 @@ def _draw(documents: Iterable[list[int]], want: int, keep: int) -> _Draw:
     return draw
 
 
-def _shares(total: int, wishes: Sequence[int | None]) -> list[int]:
-    """Divide `total` samples: a wish is met where it can be, the rest is spread evenly, the first get one more."""
+def _shares(total: int, wishes: Sequence[int | None], weights: Sequence[float | None] | None = None) -> list[int]:
+    """Divide `total` samples: a wish is met where it can be, the rest is spread by weight, the first get one more.
+
+    weights: 1 for those that have none.
+    """
     wished = sum(wish or 0 for wish in wishes)
     if wished > total:  # more was wished for than there is: in proportion
         ends = [sum(wish or 0 for wish in wishes[: i + 1]) * total // wished for i in range(len(wishes))]
         return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-    even = [index for index, wish in enumerate(wishes) if wish is None]
+    open_ones = [index for index, wish in enumerate(wishes) if wish is None]
+    weight = {index: (weights[index] if weights else None) or 1.0 for index in open_ones}
+    exact = {index: (total - wished) * weight[index] / sum(weight.values()) for index in open_ones}
     shares = [wish or 0 for wish in wishes]
-    for position, index in enumerate(even):
-        share, extra = divmod(total - wished, len(even))
-        shares[index] = share + (position < extra)
+    for index in open_ones:
+        shares[index] = int(exact[index])
+    left = total - sum(shares) if open_ones else 0
+    for index in sorted(open_ones, key=lambda one: int(exact[one]) - exact[one])[:left]:
+        shares[index] += 1
     return shares
 
 
-def _documents(source: Any, request: _Request) -> Iterator[list[int]]:
+def _documents(source: Any, request: _Request, tokens: int) -> Iterator[list[int]]:
+    """Documents of a source, of which so many tokens are wanted; most are read no sooner than they are asked for."""
     system_prompt = request.system_prompt
+    if isinstance(source, Source) and source.is_self:
+        return iter(_own_documents(source, request, tokens))
     if isinstance(source, Source):
         records: Iterator[Record] = open_source(source, request.seed)
         system_prompt = system_prompt if source.system_prompt is None else source.system_prompt
@@ -283,6 +278,17 @@ def _documents(source: Any, request: _Request) -> Iterator[list[int]]:
         records = list_records(source, request.seed, "The list's record")
     encoder = _Encoder(request.tokenizer, _uses_template(source, request.apply_chat_template), system_prompt)
     return (encoder.encode(where, record) for where, record in records)
+
+
+def _own_documents(source: Source, request: _Request, tokens: int) -> list[list[int]]:
+    if request.own_text is None:
+        raise CalibrationDataError(
+            'The data set "self" is text that the model itself writes, and there is no model here to write it: '
+            "name another data set."
+        )
+    if source.system_prompt is not None:
+        raise CalibrationDataError("system_prompt does not apply to the text that the model writes; remove it.")
+    return request.own_text(source.apply_chat_template, tokens) if tokens else []
 
 
 def _label(source: Any) -> str:
@@ -295,14 +301,18 @@ def _pack_sources(sources: Sequence[Any], request: _Request) -> CalibrationData:
     """Draw every source's share of tokens and cut the whole into samples."""
     seqlen, notes = request.seqlen, []
     label = " + ".join(_label(source) for source in sources)
-    shares = _shares(request.nsamples, [getattr(source, "num", None) for source in sources])
+    wishes, weights = ([getattr(source, key, None) for source in sources] for key in ("num", "weight"))
+    shares = _shares(request.nsamples, wishes, weights)
     keeps = _shares(request.holdout, [None] * len(sources))
     whole: list[list[int]] = []
     tail: list[int] = []  # what does not fill a sample of its own source
     fresh: list[int] = []
+    documents = 0
     for source, share, keep in zip(sources, shares, keeps, strict=True):
         notes += _source_notes(source, share)
-        draw = _draw(_documents(source, request), share * seqlen, keep * seqlen)
+        want, spare = share * seqlen, keep * seqlen
+        draw = _draw(_documents(source, request, want + spare), want, spare)
+        documents += draw.documents
         pieces = _cut(draw.used, seqlen)
         tail += draw.used[len(pieces) * seqlen :]
         whole += pieces
@@ -319,7 +329,8 @@ def _pack_sources(sources: Sequence[Any], request: _Request) -> CalibrationData:
     if asked < request.nsamples:
         notes.append(f"num= limits the samples to {asked}; {request.nsamples} were asked for")
     samples = [_id_sample(ids) for ids in whole]
-    return finish(samples, [_id_sample(ids) for ids in _cut(fresh, seqlen)], label, request.holdout, notes)
+    found = finish(samples, [_id_sample(ids) for ids in _cut(fresh, seqlen)], label, request.holdout, notes)
+    return dataclasses.replace(found, documents=documents)
 
 
 def _source_notes(source: Any, share: int) -> list[str]:
@@ -338,140 +349,3 @@ def _cut(ids: list[int], seqlen: int) -> list[list[int]]:
 
 def _id_sample(ids: list[int]) -> Sample:
     return {"input_ids": torch.tensor([ids], dtype=torch.int64)}
-
-
-def finish(
-    samples: list[Sample], fresh: list[Sample], source: str, holdout: int, notes: Sequence[str]
-) -> CalibrationData:
-    """Samples, and fresh ones to keep back, with their digest and number of tokens."""
-    notes = list(notes)
-    held_out = fresh[:holdout]
-    if holdout and not held_out:
-        held_out = samples[-holdout:]
-        notes.append(f"the data has nothing left to keep back, so the last {len(held_out)} samples serve as held-out")
-    elif len(held_out) < holdout:
-        notes.append(f"{len(held_out)} samples could be kept back; {holdout} were asked for")
-    digest = hashlib.sha256()
-    for sample in samples:
-        if is_token_sample(sample):
-            digest.update(sample["input_ids"].cpu().numpy().astype("<i8").tobytes())
-        for key in sorted(set(sample) - {"input_ids"} if is_token_sample(sample) else sample):
-            digest.update(key.encode() + sample[key].contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
-    tokens = sum(sample["input_ids"].numel() for sample in samples if "input_ids" in sample)
-    return CalibrationData(tuple(samples), source, tokens, digest.hexdigest(), tuple(notes), tuple(held_out))
-
-
-# ---- samples that come as token ids ----
-
-
-def _take_given(dataset: Any, tokenizer: Any, seqlen: int, nsamples: int, holdout: int) -> CalibrationData:
-    """Take samples as they are, in their order, cut to `seqlen`; those after the first `nsamples` are held out."""
-    if isinstance(dataset, (Mapping, torch.Tensor, np.ndarray)):
-        label, dataset = "one batch", [dataset]
-    elif isinstance(dataset, (list, tuple)):
-        label = f"list of {len(dataset)} samples"
-    elif isinstance(dataset, Iterable):
-        label = type(dataset).__name__
-    else:
-        raise CalibrationDataError(
-            f"Calibration data cannot be a {type(dataset).__name__}; "
-            "give a path, a data set name, a list of texts or samples, or a data loader."
-        )
-    vocabulary = _vocabulary_size(tokenizer)
-    batches = (as_batch(item, f"Calibration sample {index + 1}") for index, item in enumerate(dataset))
-    stream = chain.from_iterable(split_batch(batch, f"Batch {index + 1}") for index, batch in enumerate(batches))
-    taken = list(islice(stream, nsamples + holdout))
-    if not taken:
-        raise CalibrationDataError(f"The calibration data ({label}) is empty; give at least one sample.")
-    for index, sample in enumerate(taken):
-        if is_token_sample(sample):
-            _check_ids(sample["input_ids"], vocabulary, f"Calibration sample {index + 1}")
-    notes = []
-    longer = sum(is_token_sample(sample) and sample["input_ids"].shape[-1] > seqlen for sample in taken)
-    if longer:
-        notes.append(f"{longer} samples were longer than {seqlen} tokens and were cut to them")
-    if len(taken) < nsamples:
-        notes.append(f"{len(taken)} samples were given; {nsamples} were asked for")
-    taken = [_truncate(sample, seqlen) for sample in taken]
-    return finish(taken[:nsamples], taken[nsamples:], label, holdout, notes)
-
-
-def as_batch(item: Any, where: str) -> Sample:
-    """One element of the data as tensors with a leading batch dimension, "input_ids" [B, L] among them."""
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], (torch.Tensor, np.ndarray, Mapping)):
-        item = item[0]  # (input_ids, labels, ...): what follows the ids is for training
-    if not isinstance(item, Mapping):
-        item = {"input_ids": item}
-    batch = {key: _as_tensor(value, f"{where}, {key!r}") for key, value in item.items() if value is not None}
-    if not batch:
-        raise CalibrationDataError(f"{where} is empty.")
-    if not is_token_sample(batch):
-        return batch  # what else a model takes (audio, code books) is passed on as it is
-    ids = batch["input_ids"]
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() not in (1, 2) or ids.numel() == 0:
-        raise CalibrationDataError(
-            f"{where} has input_ids of shape {list(ids.shape)} and type {ids.dtype}; give integers [L] or [1, L]."
-        )
-    if ids.dim() == 1:
-        batch = {key: value.unsqueeze(0) for key, value in batch.items()}
-    batch["input_ids"] = batch["input_ids"].to(torch.int64)
-    return batch
-
-
-def is_token_sample(sample: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a sample is made of token ids [L] or [B, L], which can be counted, split and cut."""
-    return "input_ids" in sample and sample["input_ids"].dim() < 3
-
-
-def _as_tensor(value: Any, where: str) -> torch.Tensor:
-    try:
-        return value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationDataError(
-            f"{where} is a {type(value).__name__} that cannot be made a tensor; give token ids or tensors."
-        ) from error
-
-
-def split_batch(batch: Sample, where: str) -> list[Sample]:
-    """Samples of one row, of tensors that agree on the number of rows."""
-    size = batch["input_ids"].shape[0] if is_token_sample(batch) else 1
-    if size == 1:
-        return [batch]
-    odd = [key for key, value in batch.items() if value.dim() and value.shape[0] != size]
-    if odd:
-        raise CalibrationDataError(
-            f"{where} of {size} samples cannot be split, since {odd[0]!r} has shape {list(batch[odd[0]].shape)}; "
-            "use a data loader with batch_size=1."
-        )
-    return [{key: value[i : i + 1] if value.dim() else value for key, value in batch.items()} for i in range(size)]
-
-
-def _truncate(sample: Sample, seqlen: int) -> Sample:
-    length = sample["input_ids"].shape[-1] if is_token_sample(sample) else 0
-    if length <= seqlen:
-        return sample
-    return {key: _truncate_tensor(value, length, seqlen) for key, value in sample.items()}
-
-
-def _truncate_tensor(value: torch.Tensor, length: int, seqlen: int) -> torch.Tensor:
-    if value.dim() < 2 or value.shape[-1] != length:
-        return value
-    if value.dim() == 4 and value.shape[-2] == length:  # an attention mask [1, 1, L, L]
-        value = value[..., :seqlen, :]
-    return value[..., :seqlen]
-
-
-def _vocabulary_size(tokenizer: Any) -> int | None:
-    """One more than the largest id that the tokenizer knows; ids may have gaps, so its length is not enough."""
-    if tokenizer is None or not hasattr(tokenizer, "get_vocab"):
-        return None
-    return max(tokenizer.get_vocab().values(), default=-1) + 1 or None
-
-
-def _check_ids(ids: torch.Tensor, vocabulary: int | None, where: str) -> None:
-    low, high = int(ids.min()), int(ids.max())
-    if vocabulary is not None and (low < 0 or high >= vocabulary):
-        raise CalibrationDataError(
-            f"{where} holds the token id {low if low < 0 else high}, outside the tokenizer's vocabulary of "
-            f"{vocabulary}; were the ids made with another tokenizer?"
-        )

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from auto_round.calibration.data import CalibrationData, Sample, as_batch, finish, split_batch
+from auto_round.calibration.given import as_batch, split_batch
+from auto_round.calibration.grammar import parse_sources
 from auto_round.calibration.hub import (
     CalibrationDataError,
     Record,
@@ -26,7 +27,6 @@ from auto_round.calibration.hub import (
     draw_order,
     json_records,
     open_source,
-    parse_sources,
     round_robin,
 )
 from auto_round.calibration.media import (
@@ -40,6 +40,7 @@ from auto_round.calibration.media import (
     with_media,
 )
 from auto_round.calibration.processors import forms_of, load_processor, media_token_ids, tensors_of
+from auto_round.calibration.samples import CalibrationData, Sample, finish
 
 __all__ = ["build_multimodal", "is_multimodal_dataset", "load_processor"]
 

@@ -1,12 +1,11 @@
 """Names of calibration data, turned into records.
 
-A name is a local .json, .jsonl or .txt file or a data set of the Hugging Face hub, followed by options
-(`name:split=a+b:num=N:apply_chat_template:system_prompt="..."`). This file parses that grammar, finds the documents
-and yields them in the seeded order in which they shall be used, each with the words an error message needs to point
-at it. What a record means, and what tokens it gives, is decided in `data.py`.
+A `Source` is a local .json, .jsonl or .txt file, a data set of the Hugging Face hub, the text that comes with the
+package, or text that the model writes (`self_text.py`). This file finds the documents and yields them in the seeded
+order in which they shall be used, each with the words an error message needs to point at it. What a record means, and
+what tokens it gives, is decided in `data.py`; how people name sources, in `grammar.py`.
 """
 
-import difflib
 import json
 import random
 import re
@@ -22,7 +21,7 @@ T = TypeVar("T")
 
 FILE_TYPES = (".json", ".jsonl", ".txt")
 DOCUMENT_LINE = "<|doc|>"
-OPTIONS = ("split", "num", "concat", "apply_chat_template", "system_prompt")
+BUILTIN, SELF = "builtin", "self"
 BUILTIN_FILE = Path(__file__).resolve().parent.parent / "assets" / "calibration.jsonl"
 WAY_OUT = "leave `dataset` out to use the built-in text, or give a local .json, .jsonl or .txt file"
 
@@ -53,9 +52,15 @@ class Source:
     is_file: bool
     splits: tuple[str, ...] = ()
     num: int | None = None
+    weight: float | None = None
     concat: bool | None = None
     apply_chat_template: bool | None = None
     system_prompt: str | None = None
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the model writes the text."""
+        return self.name == SELF
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,6 @@ HUB_DATASETS: dict[str, HubDataset] = {
 }
 
 
-# ---- the option grammar ----
-
-
 def builtin_source() -> Source:
     """The text that comes with the package."""
     if not BUILTIN_FILE.is_file():
@@ -96,93 +98,6 @@ def builtin_source() -> Source:
             "reinstall the package or pass `dataset`."
         )
     return Source(str(BUILTIN_FILE), "built-in text", is_file=True)
-
-
-def parse_sources(text: str) -> list[Source]:
-    """Read `name[:option[=value]]*[,name...]`.
-
-    Raises CalibrationDataError for an unknown or malformed option and CalibrationFileNotFoundError for a missing file.
-    """
-    if Path(text).is_file():  # a path that happens to hold a colon or a comma
-        return [_make_source(text, {})]
-    parts = [part.strip() for part in _split_outside_quotes(text, ",")]
-    if not all(parts):
-        raise CalibrationDataError(f"The data set string {text!r} has an empty name; write name[:option=value][,name].")
-    return [_parse_source(part) for part in parts]
-
-
-def _split_outside_quotes(text: str, separator: str) -> list[str]:
-    parts, quoted = [""], False
-    for char in text:
-        quoted ^= char == '"'
-        if char == separator and not quoted:
-            parts.append("")
-        else:
-            parts[-1] += char
-    if quoted:
-        raise CalibrationDataError(f'The data set string {text!r} opens a double quote (") and never closes it.')
-    return parts
-
-
-def _parse_source(part: str) -> Source:
-    name, *options = _split_outside_quotes(part, ":")
-    values: dict[str, str] = {}
-    for option in options:
-        key, _, value = option.partition("=")
-        key = key.strip()
-        if key not in OPTIONS:
-            near = difflib.get_close_matches(key, OPTIONS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(OPTIONS)}."
-            raise CalibrationDataError(f"Unknown option {key!r} for the data set {name!r}; {hint}")
-        values[key] = value.strip().replace('"', "")
-    return _make_source(name.strip(), values)
-
-
-def _make_source(name: str, values: dict[str, str]) -> Source:
-    path = Path(name)
-    is_file = path.is_file() or path.suffix.lower() in FILE_TYPES
-    if is_file:
-        _check_file(path)
-    elif not path.is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise CalibrationDataError(
-            f"{_short(name)!r} is neither a file nor the name of a hub data set; pass text as a list of strings."
-        )
-    return Source(
-        name=name,
-        label=name if is_file or path.is_dir() else f"hub {find_hub_dataset(name).repo}",
-        is_file=is_file,
-        splits=tuple(s.strip() for s in values["split"].split("+") if s.strip()) if "split" in values else (),
-        num=_parse_count(name, values.get("num")),
-        concat=_parse_switch(name, "concat", values),
-        apply_chat_template=_parse_switch(name, "apply_chat_template", values),
-        system_prompt=values.get("system_prompt"),
-    )
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise CalibrationFileNotFoundError(f"The calibration file {path} does not exist; check the path or {WAY_OUT}.")
-    if path.suffix.lower() not in FILE_TYPES:
-        raise CalibrationDataError(
-            f"The calibration file {path} has the type {path.suffix or 'none'!r}; give a .json, .jsonl or .txt file."
-        )
-
-
-def _parse_count(name: str, value: str | None) -> int | None:
-    if value is None:
-        return None
-    if not value.isdecimal() or int(value) < 1:
-        raise CalibrationDataError(f"Option num={value!r} of the data set {name!r} must be a whole number above 0.")
-    return int(value)
-
-
-def _parse_switch(name: str, key: str, values: dict[str, str]) -> bool | None:
-    if key not in values:
-        return None
-    value = values[key].lower()
-    if value not in ("", "true", "1", "false", "0"):
-        raise CalibrationDataError(f"Option {key}={values[key]!r} of the data set {name!r} must be true or false.")
-    return value in ("", "true", "1")
 
 
 # ---- drawing ----
@@ -390,13 +305,13 @@ def _guarded(records: Iterator[Record], source: Source) -> Iterator[Record]:
     except (CalibrationDataError, MissingExtraError):
         raise
     except Exception as error:  # `datasets` raises a dozen unrelated types, some of its HTTP library
-        reason = _short(f"{type(error).__name__}: {error}")
+        reason = short(f"{type(error).__name__}: {error}")
         raise CalibrationDataError(
             f"The calibration data set {source.name!r} could not be loaded from the hub ({reason}); "
             f"check the name, its split and the network, or {WAY_OUT}."
         ) from error
 
 
-def _short(text: str, length: int = 200) -> str:
+def short(text: str, length: int = 200) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 3] + "..."

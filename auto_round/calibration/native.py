@@ -21,6 +21,7 @@ from auto_round.calibration.block_io import Joint, main_tensor, own_leaf
 from auto_round.calibration.forwards import Amp, Batch, BlockCall, PausedForward, ReplayError, pausing
 from auto_round.modeling.streaming import StreamedModel
 from auto_round.special_model_handler import ModelTraits, model_traits
+from auto_round.utils.common import all_finite
 from auto_round.utils.device import is_out_of_memory
 
 REPLAY_TOKENS = 64  # of the first row, kept of each block's output
@@ -55,7 +56,7 @@ class NativeRun:
 
     def first_not_finite(self) -> str | None:
         """The first block whose output holds NaN or Inf, as far as it was kept."""
-        return next((block for (block, _), output in self.outputs.items() if not output.isfinite().all()), None)
+        return next((block for (block, _), output in self.outputs.items() if not all_finite(output)), None)
 
 
 @contextlib.contextmanager
@@ -190,7 +191,7 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 def _check_again(call: BlockCall, output: Any, again: Any, replaced: bool) -> float:
     one, other = main_tensor(output)[1], main_tensor(again)[1]
     error = relative(other, one) if one.shape == other.shape else float("inf")
-    if not torch.isfinite(one).all() or error <= REPLAY_TOLERANCE:
+    if not all_finite(one) or error <= REPLAY_TOLERANCE:
         return error
     if replaced:
         raise ReplayError(
@@ -242,7 +243,7 @@ def _joint(call, arguments, output, mine, changes: bool, rows: int) -> Joint:
     error = float("inf")
     if dim is not None:
         one, many = main_tensor(mine)[1], main_tensor(output)[1]
-        error = token_error(one, many.narrow(dim, 0, one.shape[dim]), dim) if one.isfinite().all() else 0.0
+        error = token_error(one, many.narrow(dim, 0, one.shape[dim]), dim) if all_finite(one) else 0.0
     reason = ""
     if isinstance(arguments, str):
         reason, arguments = arguments, ()
@@ -294,7 +295,7 @@ def check_witness(native: NativeRun, place: Place, output: Any) -> float:
     position, _ = main_tensor(output)
     dim = token_dim(native.joints[place], position, want) - 1
     error = token_error(got, want, max(dim, 0)) if got.shape == want.shape else float("inf")
-    if not error <= 2 * REPLAY_TOLERANCE and torch.isfinite(want).all():
+    if not error <= 2 * REPLAY_TOLERANCE and all_finite(want):
         raise ReplayError(
             f"beside other samples {place[0]} gives an output {error:.2%} away from what the model computed in its "
             "own forward: the model keeps something of a sample in its modules between blocks; add a custom forward "

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from auto_round.calibration.data import Sample
 from auto_round.calibration.hub import CalibrationDataError
 from auto_round.calibration.media import EXTRAS, KINDS, Message, missing_extra, sampling_rate
+from auto_round.calibration.samples import Sample
 from auto_round.modeling.reading import UNTRUSTED, CheckpointError
 
 _MEDIA_TOKEN = re.compile(r"image|img|pixel|vision|video|audio|speech|\b(boi|eoi|boa|eoa)_|media", re.IGNORECASE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,26 @@ def expert_tokens(layers: Mapping[str, LayerPlan], seen: Seen) -> dict[str, Any]
         "median": ordered[len(ordered) // 2],
         "most": ordered[-1],
         "below_floor": sum(count < FLOOR for count in ordered),
+        "floor": FLOOR,
+    }
+
+
+def expert_coverage(log: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How calibration tokens reach the experts of all blocks, from the log of a run; None for a model without experts.
+
+    Returns:
+        experts: number of them. least: tokens of the one that gets the fewest. median: of the blocks' medians.
+        below_floor: share of the experts that get fewer tokens than `floor`.
+    """
+    seen = [block["experts"] for block in log if block.get("experts")]
+    if not seen:
+        return None
+    total = sum(one["experts"] for one in seen)
+    return {
+        "experts": total,
+        "least": min(one["least"] for one in seen),
+        "median": sorted(one["median"] for one in seen)[len(seen) // 2],
+        "below_floor": round(sum(one["below_floor"] for one in seen) / total, 4),
         "floor": FLOOR,
     }
 

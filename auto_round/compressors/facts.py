@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 def facts_of(run: Compressor) -> dict[str, Any]:
     """Everything that the codes depend on, as far as it is known without running the model; plain values."""
     streamed, plan, tune = run.streamed, run.plan, run.tune
+    topped_up = {"expert_topup": run.calibration.expert_topup} if run.calibration.expert_topup else {}
     return {
+        **topped_up,
         "source": streamed.checkpoint.fingerprint() if streamed.is_streamed else hash_weights(run.model),
         "source_dir": str(run.source_dir or ""),
         "config": hash_config(run.model, run.source_dir),

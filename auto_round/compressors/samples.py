@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from auto_round.calibration.data import build_calibration
+from auto_round.calibration.data import OwnText, build_calibration
 from auto_round.calibration.feed import complete_sample, vocabulary_size
 from auto_round.calibration.feed_mllm import build_multimodal, is_multimodal_dataset, load_processor
 from auto_round.settings import CalibSettings
@@ -29,12 +29,17 @@ def read_samples(
     nsamples: int,
     seed: int,
     trust_remote_code: bool,
+    own_text: OwnText | None = None,
 ) -> Any:
-    """Text, or text with images and audio: `nsamples` samples, and `CHECK_SAMPLES` held out."""
+    """Text, or text with images and audio: `nsamples` samples, and `CHECK_SAMPLES` held out.
+
+    own_text: writes the text of the data set "self".
+    """
     seqlen = longest_sample(wanted.seqlen, model, tokenizer)
     common = {"seqlen": seqlen, "nsamples": nsamples, "seed": seed, "holdout": CHECK_SAMPLES}
     if not is_multimodal_dataset(wanted.dataset):
-        return build_calibration(wanted.dataset, tokenizer, apply_chat_template=wanted.apply_chat_template, **common)
+        template = wanted.apply_chat_template
+        return build_calibration(wanted.dataset, tokenizer, apply_chat_template=template, own_text=own_text, **common)
     if processor is None and source_dir is not None:
         processor = load_processor(source_dir, trust_remote_code)
     extra = {"extra_data_dir": wanted.extra_data_dir, "template": wanted.template}
