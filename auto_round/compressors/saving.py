@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from auto_round.calibration.feed import sample_length
+from auto_round.calibration.coverage import coverage
+from auto_round.calibration.feed import sample_length, vocabulary_size
+from auto_round.compressors.experts import expert_coverage
 from auto_round.compressors.verifying import verify
 from auto_round.formats.base import ExportFormat
 from auto_round.formats.export import (
@@ -45,13 +47,13 @@ PACKAGES = ("auto-round", "torch", "transformers", "safetensors", "tokenizers", 
 LONGEST_FILE = 120  # characters of the longest file name in a work folder
 
 
-def folder_name(model: str, scheme: QuantizationScheme, gguf: bool = False) -> str:
-    """`name-w4g128`: model, number family unless it is plain integers, width and groups; `name-gguf`.
+def folder_name(model: str, scheme: QuantizationScheme, gguf: bool = False, label: str | None = None) -> str:
+    """`name-w4g128`: model, number family unless it is plain integers, width and groups; `name-gguf`; `name-label`.
 
     Without a positive group size, the width of activations stands for it: `name-w8a8`, `name-fp-w8afp8`.
     """
-    if gguf:
-        return f"{model}-gguf"
+    if gguf or label is not None:
+        return f"{model}-{label or 'gguf'}"
     family = "" if scheme.data_type == "int" else f"-{scheme.data_type.replace('_', '')}"
     size = scheme.group_size
     if isinstance(size, tuple):
@@ -139,7 +141,7 @@ def _write(run: Compressor, store: Store, fmt: ExportFormat, partial: Path, max_
     ledger = write(
         partial,
         run.streamed,
-        run.plan,
+        fmt.plan,
         store,
         source_dir=run.source_dir,
         tokenizer=run.tokenizer,
@@ -148,6 +150,9 @@ def _write(run: Compressor, store: Store, fmt: ExportFormat, partial: Path, max_
     )
     if fmt.plain and any(layer.scheme.act for layer in run.plan.quantized().values()):
         run.warnings.append(f"{fmt.name} holds weights only: whoever loads it does not quantize activations")
+    if run.plan.drafts and not fmt.plan.drafts:
+        names = ", ".join(run.plan.drafts[:3])
+        run.warnings.append(f"{fmt.name} leaves layers for multi-token prediction as they are ({names})")
     if ledger.not_finite:
         first, more = ledger.not_finite[0], len(ledger.not_finite) - 1
         run.warnings.append(
@@ -169,7 +174,7 @@ def make_report(
     run: Compressor, fmt: ExportFormat, final: Path, partial: Path, ledger: Ledger, checks: Verification
 ) -> dict[str, Any]:
     """Everything that a person may want to know of the run, as plain values."""
-    in_blocks = [plan for plan in run.plan.layers.values() if plan.info.block is not None or plan.is_quantized]
+    in_blocks = [plan for plan in fmt.plan.layers.values() if plan.info.block is not None or plan.is_quantized]
     done = sum(plan.is_quantized for plan in in_blocks)
     source = sum(torch.Size(s.shape).numel() * s.dtype.itemsize for s in run.streamed.source_tensors().values())
     large = large_kept(ledger, run.streamed)
@@ -177,11 +182,12 @@ def make_report(
         "model": str(run.source_dir or run.name),
         "auto_class": auto_class_name(run.model.config) if hasattr(run.model, "config") else "AutoModelForCausalLM",
         "scheme": run.scheme.to_dict(),
+        "auto_scheme": {**run.choice.describe(), "measured_kl": checks.kl} if run.choice is not None else None,
         "format": fmt.name,
         "folder": str(final),
         "work_folder": str(run.store.folder),
         "quantized_layers": [done, len(in_blocks)],
-        "layers": layer_list(run.plan),
+        "layers": layer_list(fmt.plan),
         "large_kept": large,
         "blocks": run.block_log,
         "data": _data(run),
@@ -195,7 +201,9 @@ def make_report(
         "import_memory_mb": round(run.import_memory_mb),
         "device_peak_mb": device_peak_mb(run.device),
         "tuning_rate": run.tuning_rate,
+        "scales": {"losses": run.scale_log} if run.scale_log else None,
         "working": dataclasses.asdict(run.working),
+        "minutes": run.pick.describe() if run.pick is not None else None,
         "estimate": run.estimate.to_dict() if run.estimate is not None else None,
         "source": run.store.facts["source"],
         "settings": run.store.facts["settings"],
@@ -238,5 +246,7 @@ def _data(run: Compressor) -> dict[str, Any] | None:
         "tokens": data.tokens,
         "seqlen": max(sample_length(sample) for sample in data.samples),
         "sha256": data.sha256,
+        **coverage(data, run.tokenizer, vocabulary_size(run.model)),
+        "tokens_of_experts": expert_coverage(run.block_log),
         "notes": list(data.notes),
     }

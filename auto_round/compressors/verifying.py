@@ -18,6 +18,7 @@ from auto_round.formats.parts import pieces, read_pieces, refused_layers, stem_o
 from auto_round.inference.load import load_model
 from auto_round.logger import logger
 from auto_round.store import Store
+from auto_round.utils.common import all_finite
 from auto_round.verify.artifact import Artifact, layout_problem
 from auto_round.verify.gguf import gguf_file, gguf_problems, reload_gguf_problem, unread_reason
 from auto_round.verify.logits import RELOAD_TOLERANCE, artifact_logits, logit_distance, logit_error, reload_problem
@@ -36,19 +37,20 @@ def verify(run: Compressor, store: Store, ledger: Ledger, folder: Path, fmt: Exp
     if gguf_file(folder) is not None:
         _verify_gguf(run, store, ledger, result, gguf_file(folder))
         return result
-    plain, attention = fmt.plain, stored_attention(run.streamed, run.plan, store, fmt)
+    plain, plan = fmt.plain, fmt.plan
+    attention = stored_attention(run.streamed, plan, store, fmt)
     artifact = Artifact.open(folder)
-    stems = {name: stem_of(run.streamed, name) for name in run.plan.quantized()}
-    refused = refused_layers(run.streamed, run.plan) if plain else {}
+    stems = {name: stem_of(run.streamed, name) for name in plan.quantized()}
+    refused = refused_layers(run.streamed, plan) if plain else {}
     result.add("ledger", None, ", ".join(f"{n} {fate}" for fate, n in ledger.counts().items() if n))
     result.add("layout", layout_problem(artifact), "index, headers and configuration agree")
-    problems = (codes_problem(artifact, run.plan, store, stems, part, refused, fmt.as_read) for part in run.plan.parts)
+    problems = (codes_problem(artifact, plan, store, stems, part, refused, fmt.as_read) for part in plan.parts)
     result.add("reloaded = quantized", next(filter(None, problems), None), f"{len(stems)} layers read back bit for bit")
     kept = ledger.of("kept")
     result.add("kept = source", kept_problem(artifact, run.streamed, kept), f"{len(kept)} tensors byte for byte")
-    loose = pieces(run.streamed, run.plan, plain)
+    loose = pieces(run.streamed, plan, plain)
     if loose:
-        problem = pieces_problem(artifact, read_pieces(run.streamed, run.plan, store, plain))
+        problem = pieces_problem(artifact, read_pieces(run.streamed, plan, store, plain))
         result.add("parts = source", problem, f"{len(loose)} parts of fused tensors")
     if attention:
         problem = pieces_problem(artifact, attention.items())
@@ -67,7 +69,7 @@ def _verify_model(run: Compressor, store: Store, result: Verification) -> torch.
         result.add("unfused = fused", None, detail)
     if run.streamed.is_streamed:
         logits = artifact_logits(run.streamed, run.plan, store, native.batch, run.amp)
-        finite = bool(torch.isfinite(logits).all())
+        finite = all_finite(logits)
         result.add("finite", None if finite else "the quantized model gives logits that are not finite", "logits")
         result.kl, result.top1 = logit_distance(native.logits, logits)
         return logits
@@ -113,7 +115,7 @@ def _verify_logits(
         return
     if not run.streamed.is_streamed:
         logits, result.kl, result.top1 = _reloaded_logits(run, artifact, native)
-        finite = bool(torch.isfinite(logits).all())
+        finite = all_finite(logits)
         result.add("loads in Transformers", None if finite else "its logits are not finite", "logits are finite")
         return
     trust, routed = run.trust_remote_code, _is_routed(run)

@@ -31,6 +31,8 @@ FORMATS: dict[str, str] = {
     "mlx": "auto_round.formats.mlx:MlxFormat",
     "fake": "auto_round.formats.fake:FakeFormat",
 }
+# Whose readers, vLLM first, take layers for multi-token prediction by their names, in a width of their own.
+HOLD_DRAFTS = ("auto_round", "auto_round:auto_gptq", "auto_round:gptqmodel")
 ALIASES = {"auto_round:gptq": "auto_round:auto_gptq", "auto_round:awq": "auto_round:auto_awq"}
 
 
@@ -50,8 +52,13 @@ def format_name(name: str) -> str:
 
 
 def make_format(name: str, plan: ModelPlan) -> ExportFormat:
-    """Bind a format to a plan. Raises PlanError if there is no such format or it cannot hold the plan."""
+    """Bind a format to a plan. Raises PlanError if there is no such format or it cannot hold the plan.
+
+    The format's own `plan` leaves layers for multi-token prediction as they are where it does not hold them.
+    """
     known = format_name(name)
+    if known not in HOLD_DRAFTS:
+        plan = plan.without_drafts(f"{known} leaves it as it is")
     module, attribute = FORMATS[known].split(":")
     tables = [layer.name for layer in plan.quantized().values() if layer.info.role == "embedding"]
     if tables and known != "fake" and not known.startswith("gguf:"):

@@ -144,7 +144,7 @@ class EngineProfile:
                 f"{self._other_format(plan, format_name)}"
             ]
         found = []
-        for scheme, names in _by_scheme(plan.quantized().values()).items():
+        for scheme, names in _by_scheme(written.plan.quantized().values()).items():
             if any(_base(row.format) == _base(format_name) and not row.misfits(scheme) for row in self.loads):
                 continue
             found.append(
