@@ -12,9 +12,10 @@ _WHERE = {
     "AutoRoundAdam": "auto_round.autoround",
     "AutoRoundLLM": "auto_round.autoround",
     "AutoRoundMLLM": "auto_round.autoround",
+    "AutoScheme": "auto_round.auto_scheme",
     "QuantizationScheme": "auto_round.schemes",
 }
-__all__ = ["AutoRound", "AutoRoundAdam", "AutoRoundLLM", "AutoRoundMLLM", "QuantizationScheme", "__version__"]
+__all__ = [*sorted(_WHERE), "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,6 +23,7 @@ MIN_COVERAGE = 0.95  # share of the blocks' weights that a plan must quantize un
 PACK = 32  # int32 words hold 32 codes of any width in `bits` words, so both dimensions must be multiples of this
 
 OUTSIDE = "(outside the blocks)"  # stands for a block's name where layers belong to none
+DRAFT = "draft"  # the role of layers for multi-token prediction, which Transformers does not instantiate
 
 
 class PlanError(ValueError):
@@ -41,7 +42,7 @@ class LayerInfo:
     transposed: bool = False  # stored [in, out], as Conv1D does
     has_bias: bool = False
     dtype: torch.dtype = torch.bfloat16  # of the source weight
-    role: str = ""  # "router": chooses among experts, and is kept; "embedding": looked up, not multiplied
+    role: str = ""  # "router": chooses among experts, and is kept; "embedding": looked up, not multiplied; DRAFT
     fused: bool = False  # cut out of a tensor that the source stores for all experts
     stored: str = ""  # what the checkpoint calls the layer, where that is another name
 
@@ -96,8 +97,26 @@ class ModelPlan:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Blocks in order, and `OUTSIDE`, as far as they hold layers to quantize."""
-        return tuple(part for part in (*self.block_names, OUTSIDE) if self.quantized(part))
+        """Blocks in order, those for multi-token prediction, and `OUTSIDE`, as far as they hold layers to quantize."""
+        return tuple(part for part in (*self.block_names, *self.drafts, OUTSIDE) if self.quantized(part))
+
+    @property
+    def drafts(self) -> tuple[str, ...]:
+        """Blocks for multi-token prediction with layers to quantize, by their stored names; no modules of the model."""
+        layers = self._quantized.get(None, {}).values()
+        return tuple(dict.fromkeys(plan.info.block for plan in layers if plan.info.role == DRAFT))
+
+    def without_drafts(self, reason: str) -> ModelPlan:
+        """The plan for a format that leaves layers for multi-token prediction as they are, for this reason."""
+        if not self.drafts:
+            return self
+        kept = {
+            name: dataclasses.replace(plan, scheme=_keep(self.scheme), reason=f"{_DRAFT_WORDS}: {reason}")
+            if plan.info.role == DRAFT and plan.is_quantized
+            else plan
+            for name, plan in self.layers.items()
+        }
+        return dataclasses.replace(self, layers=kept)
 
     def quantized(self, part: str | None = None) -> dict[str, LayerPlan]:
         """Layers that get quantized: all, or those of one block (or `OUTSIDE`)."""
@@ -150,14 +169,15 @@ def make_plan(
     lm_head: str | None = None,
     quant_lm_head: bool = False,
     beside: Mapping[str, str] | None = None,
-    recipe: Mapping[str, tuple[QuantizationScheme, str]] | None = None,
+    recipe: Mapping[str, tuple[QuantizationScheme, str] | tuple[QuantizationScheme, str, bool]] | None = None,
     config: Any = None,
 ) -> ModelPlan:
     """Decide every layer's scheme.
 
     Args:
         beside: matrices that are no layers and stay, with the reason.
-        recipe: layer → (scheme, reason) that takes the global scheme's place, as llama.cpp's mixtures do.
+        recipe: layer → (scheme, reason, whether the user wants it so) that takes the global scheme's place, as
+            llama.cpp's mixtures and AutoScheme's choice do.
         config: the model's configuration, for formats that depend on the architecture.
 
     Raises:
@@ -175,7 +195,7 @@ def make_plan(
             decided[info.name] = LayerPlan(info, *mixed)
             continue
         wanted, reason, explicit = _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head)
-        decided[info.name] = _fit(info, wanted, reason, explicit)
+        decided[info.name] = fit_scheme(info, wanted, reason, explicit)
     stacks = tuple(tuple(stack) for stack in blocks)
     plan = ModelPlan(scheme, decided, stacks, dict(rules), dict(beside or {}), config)
     _check_share(plan)
@@ -206,6 +226,8 @@ def _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head):
     matched = [(key, value) for key, value in rules if info.name in hits[key]]
     if matched:
         return matched[-1][1], f"layer_config {matched[-1][0]!r}", True
+    if info.role == DRAFT:
+        return *_draft_scheme(scheme), False
     if info.role:
         return _keep(scheme), f"{info.role}: small, and it decides", False
     if info.block is not None:
@@ -215,11 +237,22 @@ def _wanted(info, scheme, rules, hits, ignored, lm_head, quant_lm_head):
     return _keep(scheme), "outside the blocks", False
 
 
+_DRAFT_WORDS = "multi-token prediction"
+
+
+def _draft_scheme(scheme: QuantizationScheme) -> tuple[QuantizationScheme, str]:
+    """Eight bits in the run's own way where engines read both side by side: symmetric integers, weights alone."""
+    if not scheme.is_quantized or scheme.data_type != "int" or not scheme.sym or scheme.act is not None:
+        return _keep(scheme), f"{_DRAFT_WORDS}: kept, as engines have no 8 bits beside this scheme"
+    wide = dataclasses.replace(scheme, bits=max(8, scheme.bits))
+    return wide, f"{_DRAFT_WORDS}: 8 bits by rule, as no sample comes through it"
+
+
 def _keep(scheme: QuantizationScheme) -> QuantizationScheme:
     return QuantizationScheme(16, scheme.group_size if isinstance(scheme.group_size, int) else -1, data_type="float")
 
 
-def _fit(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: bool) -> LayerPlan:
+def fit_scheme(info: LayerInfo, scheme: QuantizationScheme, reason: str, explicit: bool = False) -> LayerPlan:
     """Adjust a wanted scheme to the layer's shape, or keep the layer, saying so."""
     if not scheme.is_quantized:
         return LayerPlan(info, scheme, reason, explicit)

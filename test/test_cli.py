@@ -137,7 +137,7 @@ def test_list_mistakes(capsys):
         (["m", "--scale_dtype", "fp16"], "--scale_dtype is not part of this version"),
         (["m", "n"], "unexpected argument 'n'"),
         (["m", "--iters", "many"], "--iters: invalid whole number value: 'many'"),
-        (["m", "--bits", "3.5"], "'3.5' is not a whole number"),
+        (["m", "--bits", "3.5"], "bits=3.5 is an average: give the schemes to choose from"),
         (["m", "--iters"], "--iters: expected one argument"),
         (["m", "--model_dtype", "fp8"], "invalid choice: 'fp8'"),
         (["m", "--enable_opt_rtn", "--disable_opt_rtn"], "not allowed with argument"),

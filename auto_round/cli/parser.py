@@ -141,6 +141,31 @@ def whole_number(text: str) -> int:
 whole_number.__name__ = "whole number"
 
 
+def number(text: str) -> int | float:
+    """ "4" and "4.0" as a whole number, "3.5" as it is."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
+class Names(argparse.Action):
+    """Words separated by commas or spaces, as one comma list; given twice, both count."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        known = getattr(namespace, self.dest, None)
+        words = [word for value in values for word in comma_list(value)]
+        setattr(namespace, self.dest, ",".join(dict.fromkeys([*comma_list(known), *words])))
+
+
+class Groups(argparse.Action):
+    """Groups of words: each value with commas is one, those without are one together; given again, there are more."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        lists = [comma_list(value) for value in values]
+        alone = [words[0] for words in lists if len(words) == 1]
+        found = [words for words in lists if len(words) > 1] + ([alone] if alone else [])
+        setattr(namespace, self.dest, [*(getattr(namespace, self.dest, None) or []), *found])
+
+
 # ---- lenient JSON -------------------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(r'\s*(?:"((?:[^"\\]|\\.)*)"|\'((?:[^\'\\]|\\.)*)\'|([{}:,])|([^{}:,"\'\s]+))')

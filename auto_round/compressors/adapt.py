@@ -8,6 +8,7 @@ from typing import Any
 
 from auto_round.calibration.discover import called_blocks, executed_stacks, used_as_matrices
 from auto_round.calibration.forwards import Amp, Batch
+from auto_round.compressors.drafts import draft_layers
 from auto_round.compressors.request import Request
 from auto_round.formats.gguf_recipe import recipe
 from auto_round.formats.parts import stem_of
@@ -18,6 +19,9 @@ from auto_round.schemes import QuantizationScheme
 from auto_round.special_model_handler import model_traits
 from auto_round.utils.device import is_out_of_memory
 from auto_round.utils.model import find_embedding, find_layers, find_routers, get_lm_head_name, select_blocks
+
+Recipe = Mapping[str, tuple[QuantizationScheme, str, bool]]
+"""Layer name → (scheme, reason, explicit), which takes the place of the scheme for all."""
 
 
 class Planner:
@@ -31,11 +35,13 @@ class Planner:
         self._stacks, note = find_blocks(streamed, request.blocks, request.quant_nontext_module, amp, sample)
         self.notes = [note] if note else []
 
-    def plan(self, scheme: QuantizationScheme, gguf: str | None = None) -> tuple[ModelPlan, list[str]]:
+    def plan(
+        self, scheme: QuantizationScheme, gguf: str | None = None, chosen: Recipe | None = None
+    ) -> tuple[ModelPlan, list[str]]:
         """(plan, what was changed in it so that the engine that was asked for can load it); see `plan_model`."""
         asked = self._request
         rules = asked.layer_config, asked.ignore_layers, asked.quant_lm_head
-        plan = plan_model(self._streamed, self._stacks, scheme, *rules, self._amp, gguf)
+        plan = plan_model(self._streamed, self._stacks, scheme, *rules, self._amp, gguf, chosen)
         return asked.target.repair(plan) if asked.target is not None else (plan, [])
 
 
@@ -112,8 +118,12 @@ def plan_model(
     quant_lm_head: bool,
     amp: Amp,
     gguf: str | None = None,
+    chosen: Recipe | None = None,
 ) -> ModelPlan:
-    """Decide every layer's scheme. gguf: llama.cpp's file type whose mixture of tensor types is wanted.
+    """Decide every layer's scheme.
+
+    Args:
+        gguf: llama.cpp's file type whose mixture of tensor types is wanted. chosen: AutoScheme's choice.
 
     Raises:
         PlanError: rules that do not fit, or blocks of which too little can be quantized.
@@ -129,17 +139,19 @@ def plan_model(
 
     blocks = [name for stack in stacks for name in stack]
     routers = find_routers(streamed.model, blocks)
-    layers = find_layers(streamed.model, stacks, matrices, routers)
     fused = {parameter for group in streamed.names.groups.values() if group.fused for parameter in group.written}
-    layers = [
-        dataclasses.replace(info, stored=stem_of(streamed, info.name), fused=f"{info.name}.weight" in fused)
-        for info in layers
-    ]
+
+    def source(layer: str) -> tuple[str, bool]:
+        return stem_of(streamed, layer), f"{layer}.weight" in fused
+
+    layers = find_layers(streamed.model, stacks, matrices, routers, source)
+    if not gguf:
+        layers += draft_layers(streamed, layers)
     embedding = find_embedding(streamed.model)
     if embedding is not None and (gguf or embedding.name in (layer_config or {})):
         layers.append(dataclasses.replace(embedding, stored=stem_of(streamed, embedding.name)))
     config = streamed.model.config
-    mixture = recipe(gguf, layers, config) if gguf else None
+    mixture = recipe(gguf, layers, config) if gguf else chosen
     head = get_lm_head_name(streamed.model)
     beside = _matrices_beside(streamed, {info.name for info in layers}, routers)
     wanted = (layer_config, ignore_layers, head, quant_lm_head)
@@ -151,6 +163,6 @@ def _matrices_beside(streamed: StreamedModel, layers: set[str], routers: Collect
     found = {stem_of(streamed, name): "router: small, and it decides" for name in sorted(routers) if name not in layers}
     shapes = streamed.source_tensors()
     for name in streamed.names.unused:
-        if name.endswith(".weight") and len(shapes[name].shape) == 2:
+        if name.endswith(".weight") and len(shapes[name].shape) == 2 and name.removesuffix(".weight") not in layers:
             found[name.removesuffix(".weight")] = "Transformers does not instantiate it"
     return found
