@@ -110,7 +110,7 @@ def _autograd(w, spec, tunable, value, clip):
         raw = (high - low) / levels
         scale = ste(raw, raw.half().float())
         zero = ste(-low / scale, (-low / scale).round()).clamp(0, levels).unsqueeze(-1)
-    quotient = groups / scale.unsqueeze(-1) + value
+    quotient = groups / tunable.start_scale.unsqueeze(-1) + value  # the grid stays where it started
     codes = (ste(quotient, quotient.round()) + zero).clamp(0, levels)
     return ((codes - zero) * scale.unsqueeze(-1)).view(w.shape)
 

@@ -203,7 +203,8 @@ def _by_autograd(w, tuned, value, clip):
     else:
         low, high = -start[1] * clip[0], (levels * start[0] - start[1]) * clip[1]
         s, m = through((high - low) / levels, stored[0]).unsqueeze(-1), through(-low, stored[1]).unsqueeze(-1)
-    quotient = (w.view(tuned.value.shape) + m) / s + value
+    shift = 0.0 if start[1] is None else start[1].unsqueeze(-1)  # the grid stays where it started
+    quotient = (w.view(tuned.value.shape) + shift) / start[0].unsqueeze(-1) + value
     lowest = -(1 << (tuned.spec.bits - 1)) if tuned.spec.sym else 0
     return (through(quotient, quotient.round()).clamp(lowest, lowest + levels) * s - m).view(w.shape)
 

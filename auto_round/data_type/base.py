@@ -115,6 +115,11 @@ class NumberFamily(Protocol):
     def dequantize(self, tensor: QuantizedTensor) -> torch.Tensor:
         """float32 [out, in]."""
 
+    # Families whose scales are stored as they are, so that they can be trained after the codes are decided:
+
+    def rescaled(self, tensor: QuantizedTensor, factor: torch.Tensor) -> QuantizedTensor:
+        """The same codes with scales multiplied by factors of their shape, as they are stored then."""
+
     # Families in which engines take activations, too:
 
     def input_scale(self, largest: torch.Tensor, spec: TensorSpec) -> torch.Tensor:

@@ -20,7 +20,6 @@ from auto_round.data_type.gguf_search import (
     Ranges,
     Scales,
     decide,
-    inverse,
     minmax_scales,
     search_scales,
     to_codes,
@@ -85,13 +84,16 @@ def blocked(weight: torch.Tensor, spec: TensorSpec) -> torch.Tensor:
     return weight.reshape(weight.shape[0], -1, groups, spec.group_size)
 
 
-def finish(weight: torch.Tensor, scales: Scales, value: torch.Tensor | None, spec: TensorSpec) -> QuantizedTensor:
+def finish(
+    weight: torch.Tensor, scales: Scales, value: torch.Tensor | None, spec: TensorSpec, grid: Scales | None = None
+) -> QuantizedTensor:
     """Decide the codes: the only place that turns weights into a `QuantizedTensor`.
 
     weight [out, in]; scales: d and dmin [out, super-blocks, 1], codes [out, super-blocks, groups]; value as `blocked`.
+    grid: the scales by which weights are rounded, where they are not those that are stored.
     """
     blocks, ranges = blocked(weight, spec), Ranges.of(spec)
-    scale, minimum = (None if x is None else x.unsqueeze(-1) for x in scales.decoded())
+    scale, minimum = (None if x is None else x.unsqueeze(-1) for x in (grid or scales).decoded())
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
     rows = max(1, CHUNK // weight.shape[1])
     for begin in range(0, len(codes), rows):
@@ -149,8 +151,9 @@ class TunableBlocks:
 
     `value` [out, super-blocks, groups, inputs per group] starts at 0. `clip` [1 or 2, out, super-blocks, groups] starts
     at 1 and multiplies the starting range: one factor for symmetric weights, one for each end for asymmetric ones. The
-    factors d and dmin stay, only the codes of scales move: letting d follow the largest scale measured worse. Above
-    CLIP_BITS the clipping is fixed, for a step of a scale's code costs more there than clipping gains.
+    factors d and dmin stay, only the codes of scales move: letting d follow the largest scale measured worse. Weights
+    are rounded on the grid of the starting scales throughout, as in `int`. Above CLIP_BITS the clipping is fixed, for a
+    step of a scale's code costs more there than clipping gains.
     """
 
     CLIP_BOUNDS = (0.3, 2.0)
@@ -197,7 +200,8 @@ class TunableBlocks:
         scale = _Through.apply(wanted[0], scale)
         if minimum is not None:
             minimum = _Through.apply(wanted[1], minimum)
-        return _FakeQuantize.apply(self.weight, self.value, scale, minimum, self.ranges.codes, dtype).view(self.shape)
+        start, limits = self.start.decoded(), self.ranges.codes
+        return _FakeQuantize.apply(self.weight, self.value, *start, scale, minimum, limits, dtype).view(self.shape)
 
     def reset(self) -> None:
         """Back to the starting point."""
@@ -206,7 +210,7 @@ class TunableBlocks:
 
     @torch.no_grad()
     def finish(self) -> QuantizedTensor:
-        return finish(self.weight.reshape(self.shape), self.scales(), self.value, self.spec)
+        return finish(self.weight.reshape(self.shape), self.scales(), self.value, self.spec, self.start)
 
 
 class _Through(torch.autograd.Function):
@@ -229,24 +233,19 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight, value, scale, minimum, limits, dtype):
-        low = None if minimum is None else minimum.unsqueeze(-1)
+    def forward(ctx, weight, value, grid, shift, scale, minimum, limits, dtype):
+        low = None if shift is None else shift.unsqueeze(-1)
         wide = (-(1 << 20), 1 << 20)
-        codes = decide(weight.float(), scale.unsqueeze(-1), low, wide, value)
+        codes = decide(weight.float(), grid.unsqueeze(-1), low, wide, value)
         clamped = codes.clamp(*limits)
-        ctx.save_for_backward(weight, scale, minimum, clamped.to(torch.int8), clamped == codes)
+        ctx.save_for_backward(scale, minimum, clamped.to(torch.int8), clamped == codes)
         clamped = clamped.mul_(scale.unsqueeze(-1))
-        return (clamped if low is None else clamped.sub_(low)).to(dtype)
+        return (clamped if minimum is None else clamped.sub_(minimum.unsqueeze(-1))).to(dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, scale, minimum, codes, inside = ctx.saved_tensors
-        grad, wide = grad.float(), scale.unsqueeze(-1)
-        grad_scale = grad_minimum = None
-        if ctx.needs_input_grad[2]:
-            # d w'/d s = q - inside · (w + m)/s
-            exact = weight.float() if minimum is None else weight.float() + minimum.unsqueeze(-1)
-            grad_scale = (grad * (codes - exact.mul(inverse(wide)).mul_(inside))).sum(-1)
-        if minimum is not None and ctx.needs_input_grad[3]:
-            grad_minimum = -grad.masked_fill(inside, 0.0).sum(-1)
-        return None, (grad * wide).mul_(inside), grad_scale, grad_minimum, None, None
+        scale, minimum, codes, inside = ctx.saved_tensors
+        grad = grad.float()
+        grad_scale = (grad * codes).sum(-1) if ctx.needs_input_grad[4] else None
+        grad_minimum = -grad.sum(-1) if minimum is not None and ctx.needs_input_grad[5] else None
+        return None, (grad * scale.unsqueeze(-1)).mul_(inside), None, None, grad_scale, grad_minimum, None, None
