@@ -745,3 +745,22 @@ def test_a_forward_that_takes_embeddings_only():
     text = model(input_ids=torch.arange(6)[None]).logits
     pictured = model(input_ids=torch.arange(6)[None], images=torch.ones(1, 6, SIZE)).logits
     assert text.shape == pictured.shape and not torch.equal(text, pictured)
+
+
+def test_layers_given_one_tensor_share_what_is_found_of_it():
+    """Sums are those of each layer alone, also where the tensor changes between two layers or a layer gets no rows."""
+    layers = {name: nn.Linear(8, 4, bias=False) for name in ("q", "k", "v", "empty")}
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 5, 8) for _ in range(3)]
+    with torch.no_grad(), inputs_of(layers) as seen:
+        for x in batches:
+            for name in ("q", "k"):
+                layers[name](x)
+            x.mul_(2)
+            layers["v"](x)
+            layers["empty"](x[:, :0])
+    doubled = torch.cat(batches).reshape(-1, 8)
+    assert set(seen) == {"q", "k", "v"} and all(one.tokens == 30 for one in seen.values())
+    for name, x in {"q": doubled / 2, "k": doubled / 2, "v": doubled}.items():
+        assert torch.allclose(seen[name].mean_square, x.double().square().mean(0))
+        assert seen[name].largest == x.abs().max()

@@ -18,6 +18,7 @@ from auto_round.calibration.feed import sample_length
 from auto_round.calibration.forwards import Amp, Batch, Forwards, pausing
 from auto_round.calibration.native import NativeRun, Place, check_witness, no_cache
 from auto_round.compressors.backoff import MicroBatch, naming_the_lack
+from auto_round.utils.common import all_finite
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ class Chain:
         Raises:
             ValueError: it does; names the block and the sample.
         """
-        if torch.isfinite(hidden).all():
+        if all_finite(hidden):
             return
         mask = self.masks[index]
         if (
@@ -271,15 +272,24 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, LayerInput
     largest: dict[str, torch.Tensor] = {}
     found: dict[str, LayerInputs] = {}
 
+    latest: list[Any] = []  # what entered the layer before, its state, and what was found of it
+
+    def measured(entered: torch.Tensor) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Tokens, sums of squares and largest magnitude; found once where several layers are given one tensor."""
+        if not latest or latest[0] is not entered or latest[1] != entered._version:
+            x = entered.detach().reshape(-1, entered.shape[-1]).float()
+            low, high = x.aminmax() if len(x) else (x.new_zeros(()), x.new_zeros(()))
+            squares = x.square().sum(0, dtype=torch.float64)
+            latest[:] = entered, entered._version, (len(x), squares, torch.maximum(-low, high).reshape(1))
+        return latest[2]
+
     def hook(name: str):
         def collect(module, args):
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            if not len(x):
+            tokens, squares, top = measured(args[0])
+            if not tokens:
                 return
-            low, high = x.aminmax()
-            top = torch.maximum(-low, high).reshape(1)
-            sums[name] = sums.get(name, 0) + x.square().sum(0, dtype=torch.float64)
-            counts[name] = counts.get(name, 0) + x.shape[0]
+            sums[name] = sums.get(name, 0) + squares
+            counts[name] = counts.get(name, 0) + tokens
             largest[name] = torch.maximum(largest[name], top) if name in largest else top
 
         return collect
@@ -288,6 +298,7 @@ def inputs_of(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, LayerInput
     try:
         yield found
     finally:
+        latest.clear()
         for handle in handles:
             handle.remove()
         found.update({n: LayerInputs(total / counts[n], counts[n], largest[n]) for n, total in sums.items()})
