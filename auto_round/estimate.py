@@ -13,8 +13,9 @@ from typing import Any
 
 from auto_round.algorithms.tuning import JUDGE_SAMPLES
 from auto_round.budget import Working
+from auto_round.calibration.passes import TOKENS
 from auto_round.compressors.experts import FLOOR
-from auto_round.speed import LayerSpeed, Speed
+from auto_round.speed import LayerShape, LayerSpeed, Speed
 from auto_round.workload import BlockKind, Workload
 
 RUNNING = 40 << 20  # bytes of code that is imported on the way, and of the allocator's and libraries' buffers
@@ -32,7 +33,9 @@ KERNELS = 1024  # of them are kept
 COUNTS = 32  # different numbers of tokens that experts get, filled up as `cpu_linear.even` says; fitted
 SCATTERED = 4  # times a block's bytes: holes that the many tensors of experts leave in the heap; fitted
 HOLES = 0.6  # of the state and activations of a block with experts: the same; fitted
+HEAD_PASSES = 5  # forwards that the output layer's work in a step of the training of scales is worth
 MOST_HOLES = 512 << 20  # bytes; larger ones were not measured, and large tensors leave none
+SCALE_STATE = 16  # bytes of a trained scale: its factor and gradient, two moments, and a copy that is written
 CANDIDATES = 3  # that tuning compares: the start, one towards the end, and the last
 PER_TOKEN = ("forward", "backward", "watch")
 EVEN = 4  # times the floor that the mean expert should get: routers are far from even
@@ -204,7 +207,40 @@ def _held(work: Workload, kind: BlockKind, output: int, working: Working) -> lis
     if work.tune.iters:
         tuned = dataclasses.replace(block, block=kind.nbytes, state=_state_bytes(work, kind), stage="tuning a block")
         found.append(dataclasses.replace(tuned, activations=work.micro * _kept_bytes(work, kind)))
+    if work.tune.scale_iters:
+        found.append(_training_scales(work, kind))
     return found
+
+
+def _training_scales(work: Workload, kind: BlockKind) -> Memory:
+    """What a step of the training of scales holds: hidden states of its samples before and after each block.
+
+    Of one block there are the weights, their gradients and codes; of a forward, three times its logits in float32.
+    """
+    blocks = sum(len(kind.names) for kind in work.blocks)
+    size = min(work.tune.samples_per_step, work.samples) * work.length
+    together = max(work.length, TOKENS)
+    groups = sum(_groups(one) * len(one.names) for one in work.blocks)
+    return Memory(
+        block=2 * kind.nbytes + kind.stored + READING * kind.largest,
+        state=SCALE_STATE * groups,
+        activations=together * (_kept_bytes(work, kind) + 3 * 4 * work.vocabulary),
+        chains=size * work.glue.hidden * work.itemsize * (2 * blocks + 2),
+        stage="training scales",
+    )
+
+
+def _groups(kind: BlockKind) -> int:
+    """Scales of a block's layers."""
+    return sum(
+        count * (shape.numel // shape.spec.group_size if _by_group(shape) else shape.out_features)
+        for shape, (count, _) in kind.layers.items()
+        if shape.spec is not None
+    )
+
+
+def _by_group(shape: LayerShape) -> bool:
+    return isinstance(shape.spec.group_size, int) and shape.spec.group_size > 0
 
 
 def _logits(work: Workload) -> int:
@@ -257,7 +293,8 @@ def seconds(work: Workload, speed: Speed, output: int) -> dict[str, float]:
     tuning itself, a forward and a backward of `samples_per_step` samples and a step of the weights; the first one is
     slower, as its operations are counted, by about what loading the layers takes. verify: the quantized model runs
     twice here, and once in Transformers; codes are read to be exported, and `READINGS` stands for unpacking, comparing
-    and copying them in all checks.
+    and copying them in all checks. scales: each step of their training takes its samples through the original, through
+    the quantized model, and once more for the gradients.
     """
     check = work.check_tokens
     totals = dict.fromkeys(("original", "follow", "search", "judge", "steps", "export", "verify"), 0.0)
@@ -265,7 +302,7 @@ def seconds(work: Workload, speed: Speed, output: int) -> dict[str, float]:
     totals["original"], totals["verify"] = 1.25 * head + RUN_SECONDS, 3 * head
     for kind in work.blocks:
         count, block = len(kind.names), _block_speed(kind, speed)
-        load = BLOCK_SECONDS + LAYER_SECONDS * sum(number for number, _ in kind.layers.values())
+        load = _load(kind)
         totals["export"] += count * block.read
         totals["original"] += count * (2.25 * check * block.forward + load)
         totals["search"] += count * (block.quantize + load)
@@ -278,9 +315,27 @@ def seconds(work: Workload, speed: Speed, output: int) -> dict[str, float]:
             totals["steps"] += count * (
                 stepped * (block.forward + block.backward) + work.tune.iters * block.tune + load
             )
+    if work.tune.scale_iters:
+        totals["scales"] = work.tune.scale_iters * _step_of_scales(work, speed)
     totals["export"] += speed.write * (output + sum(kind.stored * len(kind.names) for kind in work.blocks))
     totals["verify"] += speed.write * output
     return totals
+
+
+def _step_of_scales(work: Workload, speed: Speed) -> float:
+    """Seconds of one step of the training of scales."""
+    size = min(work.tune.samples_per_step, work.samples) * work.length
+    total = size * HEAD_PASSES * speed.layers[work.head].forward if work.head is not None else 0.0
+    for kind in work.blocks:
+        block = _block_speed(kind, speed)
+        passes = size * (3 * block.forward + max(block.backward, 2 * block.forward))
+        total += len(kind.names) * (passes + 2 * (block.read + _load(kind)))
+    return total
+
+
+def _load(kind: BlockKind) -> float:
+    """Seconds to find, load and release a block."""
+    return BLOCK_SECONDS + LAYER_SECONDS * sum(number for number, _ in kind.layers.values())
 
 
 def _block_speed(kind: BlockKind, speed: Speed) -> LayerSpeed:

@@ -22,6 +22,8 @@ class TuneSettings:
     minmax_lr: step of the clipping factors, None for lr.
     not_use_best_mse: keep the last state instead of the best of those compared.
     dynamic_max_gap: stop a block after that many steps without a lower loss; -1 never.
+    scale_iters: steps in which, after the last block, the scales of the whole model are trained together; 0 for none.
+    scale_lr: step of these scales' factors; it falls linearly to 0.
     search: start from (or, at iters=0, use) scales that minimise the importance-weighted error instead of min/max.
     """
 
@@ -35,18 +37,20 @@ class TuneSettings:
     enable_quanted_input: bool = True
     not_use_best_mse: bool = False
     dynamic_max_gap: int = -1
+    scale_iters: int = 0
+    scale_lr: float = 0.003
     search: bool = True
     amp: bool = True
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name, low in (("iters", 0), ("batch_size", 1), ("gradient_accumulate_steps", 1)):
+        for name, low in (("iters", 0), ("scale_iters", 0), ("batch_size", 1), ("gradient_accumulate_steps", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise SettingsError(f"{name}={value!r} must be a whole number of at least {low}")
         if not 0 <= self.momentum < 1:
             raise SettingsError(f"momentum={self.momentum!r} must be at least 0 and below 1")
-        for name in ("lr", "minmax_lr"):
+        for name in ("lr", "minmax_lr", "scale_lr"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 10:
                 raise SettingsError(f"{name}={value!r} must be a small positive number, such as 0.005")
@@ -70,12 +74,15 @@ class TuneSettings:
 
     @property
     def needs_data(self) -> bool:
-        return self.iters > 0 or self.search
+        return self.iters > 0 or self.search or self.scale_iters > 0
 
 
 @dataclass(frozen=True)
 class CalibSettings:
-    """What text the model sees: `nsamples` samples of `seqlen` tokens of `dataset` (None: the text shipped with us)."""
+    """What text the model sees: `nsamples` samples of `seqlen` tokens of `dataset` (None: the text shipped with us).
+
+    expert_topup: further samples to choose from, for each that is used, so that rarely used experts get more tokens.
+    """
 
     dataset: Any = None
     nsamples: int = 128
@@ -83,12 +90,15 @@ class CalibSettings:
     apply_chat_template: bool = False
     extra_data_dir: str | None = None
     template: str | None = None
+    expert_topup: int = 0
 
     def __post_init__(self) -> None:
         for name in ("nsamples", "seqlen"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise SettingsError(f"{name}={value!r} must be a whole number of at least 1")
+        if not isinstance(self.expert_topup, int) or self.expert_topup < 0:
+            raise SettingsError(f"expert_topup={self.expert_topup!r} must be a whole number, 0 for none")
 
 
 _FP8 = ("fp8", "float8_e4m3fn", "torch.float8_e4m3fn")

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from auto_round.plan import LayerPlan
 from auto_round.schemes import TensorSpec
 from auto_round.utils.files import InUseError, Lock, make_folder, sync
 
+LEARNED = "scales"  # names the file of scales that are trained after the last block
 BESIDE = "beside:"  # begins the names of tensors that belong to no layer
 
 
@@ -162,11 +163,15 @@ class Store:
         tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
         facts = {k: getattr(result, k) for k in ("losses", "start_loss", "final_loss", "note")}
         metadata = {"block": block, "sha256": _digest(tensors), "result": json.dumps(facts)}
-        temporary = self.path(block).with_suffix(".tmp")
+        self._write(self.path(block), tensors, metadata)
+
+    def _write(self, file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        """Put a whole file in its place, or nothing."""
+        temporary = file.with_suffix(".tmp")
         try:
             save_file(tensors, temporary, metadata)
             sync(temporary)
-            temporary.replace(self.path(block))
+            temporary.replace(file)
         except SafetensorError as error:  # what the library makes of a full disk
             raise OSError(f"{temporary} could not be written ({error}): make room; {_GOES_ON}") from error
         finally:
@@ -174,18 +179,20 @@ class Store:
                 temporary.unlink(missing_ok=True)
         sync(self.folder)
 
-    def load(self, block: str, layers: Mapping[str, LayerPlan]) -> BlockResult:
+    def load(self, block: str, layers: Mapping[str, LayerPlan], learned: bool = True) -> BlockResult:
         """Read a block's codes back: packed, and unpacked layer by layer as they are looked up.
+
+        learned: with the scales that were trained after the last block, if there are any.
 
         Raises:
             StoreError: the file is damaged or lacks a layer.
         """
         try:
-            return self._read(block, layers)
+            return self._read(block, layers, self._learned(layers) if learned else {})
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:  # a header that was changed
             raise StoreError(f"{self.path(block)} is damaged ({error!r}): delete it and run again") from error
 
-    def _read(self, block: str, layers: Mapping[str, LayerPlan]) -> BlockResult:
+    def _read(self, block: str, layers: Mapping[str, LayerPlan], scales: Mapping[str, torch.Tensor]) -> BlockResult:
         try:
             with safe_open(self.path(block), framework="pt") as handle:
                 metadata = handle.metadata() or {}
@@ -199,6 +206,8 @@ class Store:
         for name, plan in layers.items():
             if f"{name}.codes" not in tensors:
                 raise StoreError(f"{self.path(block)} has no codes for {name}: delete it and run again")
+            if name in scales:
+                tensors[f"{name}.scale"] = scales[name]
             result.tensors[name] = functools.partial(_unpacked, tensors, name, plan.scheme.weight)
         result.tensors = _OneByOne(result.tensors)
         result.beside = {key.removeprefix(BESIDE): value for key, value in tensors.items() if key.startswith(BESIDE)}
@@ -218,10 +227,56 @@ class Store:
         if not self.has(block):
             return None
         try:
-            return self.load(block, layers)
+            return self.load(block, layers, learned=False)
         except StoreError as error:
             logger.warning("%s; that block is done again", error)
             return None
+
+    # ---- what is learned after the last block --------------------------------------------------------------------
+
+    def digest(self, blocks: Sequence[str]) -> str:
+        """A hash of what lies in the files of these blocks."""
+        digest = hashlib.sha256()
+        for block in blocks:
+            with safe_open(self.path(block), framework="pt") as handle:
+                digest.update((handle.metadata() or {}).get("sha256", "").encode())
+        return digest.hexdigest()
+
+    def save_extra(self, name: str, key: str, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Write tensors that belong to several blocks. key: what they depend on; facts: plain values to keep."""
+        tensors = {part: tensor.contiguous().cpu() for part, tensor in tensors.items()}
+        metadata = {"block": name, "key": key, "sha256": _digest(tensors), "facts": json.dumps(facts)}
+        self._write(self._extra_path(name), tensors, metadata)
+
+    def extra(self, name: str, key: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(tensors, facts) as they were saved for this key; None if there are none that can be used."""
+        file = self._extra_path(name)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {part: handle.get_tensor(part) for part in handle.keys()}  # noqa: SIM118
+            if metadata.get("key") == key and _problem(name, metadata, tensors) is None:
+                return tensors, json.loads(metadata["facts"])
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            logger.warning("%s is damaged (%s); what it held is learned again", file, error)
+        return None
+
+    def drop_extra(self, name: str) -> None:
+        self._extra_path(name).unlink(missing_ok=True)
+
+    def _extra_path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _learned(self, layers: Mapping[str, LayerPlan]) -> dict[str, torch.Tensor]:
+        """Scales that were trained after the last block."""
+        file = self._extra_path(LEARNED)
+        if not file.exists():
+            return {}
+        with safe_open(file, framework="pt") as handle:
+            known = set(handle.keys())
+            return {name: handle.get_tensor(name) for name in layers if name in known}
 
 
 def _problem(block: str, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str | None:

@@ -23,7 +23,7 @@ def put_tied(model: nn.Module, plan: ModelPlan, store: Store, block: str) -> Non
         part = plan.layers[home].info.block
         if part is None or part == block or not store.has(part):
             continue
-        value = store.load(part, {home: plan.layers[home]}).tensors[home].dequantize()
+        value = store.load(part, {home: plan.layers[home]}, learned=False).tensors[home].dequantize()
         parameter = model.get_submodule(name).weight
         parameter.copy_(oriented(value.to(parameter.dtype), plan.layers[home]))
 

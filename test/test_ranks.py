@@ -31,6 +31,7 @@ OPTIONS = {"seqlen": SEQLEN, "nsamples": 16, "batch_size": 16, "group_size": 32}
 RUNS = {
     "w4": {"scheme": "W4A16", "iters": 6},
     "w2": {"scheme": "W2A16", "iters": 6},
+    "scales": {"scheme": "W2A16", "iters": 2, "scale_iters": 3},
     "kv": {"scheme": "W4A16", "iters": 0, "static_kv_dtype": "fp8"},
     "static": {"scheme": "FP8_STATIC", "iters": 0, "group_size": -1},
     "rtn": {"scheme": "W4A16", "iters": 0, "disable_opt_rtn": True, "quant_lm_head": True},
@@ -144,6 +145,14 @@ def codes(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+def learned_scales(folder: Path) -> torch.Tensor:
+    """Scales that were trained end to end, all in one row."""
+    from safetensors.torch import load_file
+
+    (file,) = folder.glob("*.work/*/scales.safetensors")
+    return torch.cat([scale.flatten().float() for _, scale in sorted(load_file(file).items())])
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
@@ -164,6 +173,9 @@ def test_two_ranks_find_what_one_finds(models, tmp_path):
         loss = [block["final_loss"] or 0 for block in one[name]]
         assert [block["final_loss"] or 0 for block in main[name]] == pytest.approx(loss, rel=1e-3)
     assert any(block["experts"] for block in one["experts"])
+    learned = [learned_scales(tmp_path / ranks / "scales") for ranks in ("one", "two")]
+    near = torch.isclose(*learned, rtol=2e-3)  # Adam divides by spreads, so that rounding shows where they are tiny
+    assert near.float().mean() > 0.99 and not torch.equal(learned[0], torch.ones_like(learned[0]))
     for name in ("kv", "static", "rtn"):  # with the scales of caches and inputs
         assert weights(tmp_path / "one" / name) == weights(tmp_path / "two" / name)
     assert others == ["model.layers.1"]  # rounding without data is spread by block, everything else written by one

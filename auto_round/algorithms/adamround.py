@@ -15,7 +15,7 @@ from auto_round.settings import TuneSettings
 from auto_round.store import BlockResult
 
 MEAN, SQUARE = 0.9, 0.95  # decay of the moments
-VALUE_LR, CLIP_LR = 0.03, 0.003  # steps of offsets, in steps of the grid, and of the factors of ranges
+VALUE_LR, CLIP_LR = 0.02, 0.01  # steps of offsets, in steps of the grid, and of the factors of ranges
 TINY = 1e-20  # keeps 0 / 0 away; far below gradients, which are around 1e-8 and smaller in larger models
 
 
@@ -52,6 +52,14 @@ class Adam:
             square.copy_(second)
             spread = second.div_(1 - SQUARE**step).sqrt_().add_(TINY)
             part.addcdiv_(first, spread, value=-self.rates[kind] * decay / (1 - MEAN**step))
+
+    def moments_of(self, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and mean square of a parameter's gradients, as they are kept."""
+        return self.moments[id(parameter)]
+
+    def restore(self, parameter: torch.Tensor, moments: tuple[torch.Tensor, torch.Tensor], steps: int) -> None:
+        """Go on with a parameter that has moved so many times."""
+        self.moments[id(parameter)], self.steps[id(parameter)] = moments, steps
 
 
 RULE = Adam

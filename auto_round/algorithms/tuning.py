@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from auto_round.algorithms.base import BlockTask, oriented
 from auto_round.data_type import data_type
 from auto_round.data_type.base import QuantizedTensor, Tunable
+from auto_round.ranks import Ranks
 from auto_round.store import BlockResult, TuningWork
 
 JUDGE_SAMPLES = 32  # samples on which candidates are compared
@@ -104,20 +105,8 @@ class _Tuner:
         self.judges = [index for index in range(len(self.io.lengths)) if index // self.own in judged]
 
     def batches(self) -> Iterator[list[int]]:
-        """Endless batches: shuffled passes, a sample of each stratum a step; other ranks have the other strata.
-
-        Sample i is of stratum i modulo the samples of a step, so that what a step takes does not depend on how many
-        ranks share it.
-        """
-        count = len(self.io.lengths)
-        for turn in itertools.count():
-            strata = []
-            for place in range(self.own):
-                stratum = list(range(place, count, self.own))
-                number = self.task.ranks.rank * self.own + place
-                random.Random(f"{self.task.seed}:{turn}:{number}").shuffle(stratum)
-                strata.append(stratum[: self.rounds])
-            yield from map(list, zip(*strata, strict=True))
+        """See `batches`."""
+        return batches(len(self.io.lengths), self.own, self.rounds, self.task.ranks, self.task.seed)
 
     def step(self, indices: list[int], decay: float) -> float:
         """One step; returns the batch's loss before it."""
@@ -190,6 +179,21 @@ class _Tuner:
 
     def finish(self) -> dict[str, QuantizedTensor]:
         return {name: tunable.finish() for name, tunable in self.tunables.items()}
+
+
+def batches(count: int, own: int, rounds: int, ranks: Ranks, seed: int) -> Iterator[list[int]]:
+    """Endless batches of `own` of a rank's `count` samples: shuffled passes, a sample of each stratum a step.
+
+    Other ranks have the other strata. Sample i is of stratum i modulo the samples of a step, so that what a step takes
+    does not depend on how many ranks share it. rounds: steps in a pass.
+    """
+    for turn in itertools.count():
+        strata = []
+        for place in range(own):
+            stratum = list(range(place, count, own))
+            random.Random(f"{seed}:{turn}:{ranks.rank * own + place}").shuffle(stratum)
+            strata.append(stratum[:rounds])
+        yield from map(list, zip(*strata, strict=True))
 
 
 def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -114,7 +114,7 @@ class Blocks:
             seen = of_all_samples(seen, layers, self._ranks, self._streamed.device)
             self._ranks.max_(*beside.values())
             return self._quantize(block, module, Learned(chain.micro, seen, beside, chain.io()), self._ranks)
-        tensors = self._store.load(block, layers).tensors if layers else {}
+        tensors = self._store.load(block, layers, learned=False).tensors if layers else {}
         put_weights(module, block, tensors, layers)
         return _scales(tensors, layers)
 
@@ -196,7 +196,7 @@ def quantize_outside(model: nn.Module, plan: ModelPlan, store: Store, tune: Tune
 
 def put_quantized(streamed: StreamedModel, plan: ModelPlan, store: Store) -> None:
     """Load the whole model with its quantized weights, dequantized, in place."""
-    for part in plan.parts:
+    for part in (part for part in plan.parts if part not in plan.drafts):
         layers, inside = plan.quantized(part), part != OUTSIDE
         module = streamed.load(part) if inside else streamed.model
         tensors = store.load(part, layers).tensors
