@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.auto_scheme import LEGACY, AutoScheme, asked_for
 from auto_round.budget import parse_budget
 from auto_round.compressors.base import Compressor
+from auto_round.compressors.minutes import asked_minutes
 from auto_round.compressors.request import Request, Source
 from auto_round.formats.engines import EngineProfile, engine
 from auto_round.modeling.streaming import StreamedModel
@@ -30,14 +32,19 @@ _TUNE = (
     "enable_quanted_input",
     "not_use_best_mse",
     "dynamic_max_gap",
+    "scale_iters",
+    "scale_lr",
     "amp",
 )
-_CALIB = ("dataset", "nsamples", "seqlen", "apply_chat_template", "extra_data_dir", "template")
+_CALIB = ("dataset", "nsamples", "seqlen", "apply_chat_template", "extra_data_dir", "template", "expert_topup")
 _ATTENTION = ("static_kv_dtype", "static_kv_granularity", "static_attention_dtype", "static_attention_granularity")
 _PASSED_ON = ("quant_lm_head", "quant_nontext_module", "format", "trust_remote_code", "show_progress")
+_AUTO = ("schemes", "target_size", "shared_layers", "ignore_scale_zp_bits", *LEGACY)
 _OWN = (
     *_PASSED_ON,
+    *_AUTO,
     *_CALIB,
+    "minutes",
     "ignore_layers",
     "fp_layers",
     "processor",
@@ -59,11 +66,15 @@ class AutoRound:
         model: a model folder, a hub id, or a loaded module (then with `tokenizer`, unless only rounding). A module
             is tuned on the device on which it is.
         tokenizer: a Transformers tokenizer; read from the model's folder when not given.
-        scheme: a preset name such as "W4A16", a mapping of scheme fields, or a `QuantizationScheme`.
+        scheme: a preset name such as "W4A16", a mapping of scheme fields, or a `QuantizationScheme`; an `AutoScheme`
+            chooses among several for each layer, as `schemes="W2A16,W4A16,W8A16"` with `bits=3.0` (or
+            `target_size="20GB"`) does.
         layer_config: layer name or pattern → scheme, for layers that differ.
-        dataset: None (the calibration text shipped with the package), a file, a hub name, texts, token ids, tensors
-            or a data loader.
-        iters: tuning steps per block; None for 200, 0 rounds to nearest.
+        dataset: None (the calibration text shipped with the package), a file, a hub name, "self" (text that the model
+            writes itself), several of them with weights ("self:0.5,builtin:0.5"), texts, token ids, tensors or a data
+            loader.
+        iters: tuning steps per block; None for 200, 0 rounds to nearest. `minutes=30`, a budget of wall time, picks the
+            best iters and scale_iters that fit it by the estimate of the run.
         seqlen, nsamples: size of the calibration set. batch_size, gradient_accumulate_steps: samples per step.
         device_map: where blocks are tuned: 0, "cuda:1", "cpu" …; in a script that torchrun or accelerate starts, each
             rank has its own device, and they tune together.
@@ -75,7 +86,8 @@ class AutoRound:
         low_cpu_mem_usage: half of the RAM that is free is left free, by keeping activations in a file.
         platform, enable_torch_compile: accepted for compatibility; the tuning loop needs no compiling.
         **kwargs: scheme fields (bits, group_size, sym …), tuning settings (lr, minmax_lr …), `ignore_layers`,
-            `processor`, `extra_data_dir`, `template` (for calibrating on images or audio with text),
+            `processor`, `extra_data_dir`, `template` (for calibrating on images or audio with text), `expert_topup`
+            (candidates for each sample, of which those are used that reach rarely used experts),
             `quant_lm_head`, `quant_nontext_module` (vision and audio towers too), `to_quant_block_names`,
             `disable_opt_rtn`, `trust_remote_code`, `format`, `model_dtype`; `static_kv_dtype="fp8"` and
             `static_attention_dtype="fp8"` (with `…_granularity` "tensor" or "head") for fixed scales of the KV cache
@@ -134,8 +146,11 @@ def _request(given: Mapping[str, Any]) -> Request:
     attention = AttentionSettings(**_those(given, _ATTENTION))
     target = engine(given["engine"]) if given.get("engine") else None
     budget = parse_budget(given["max_memory"], given["low_gpu_mem_usage"], given["low_cpu_mem_usage"])
-    scheme, gguf = _scheme_and_file(given["scheme"], _scheme_fields(given), target)
+    fields = _scheme_fields(given)
+    auto = asked_for(given, fields)
+    scheme, gguf = (auto.start, None) if auto else _scheme_and_file(given["scheme"], fields, target)
     algorithm = given["algorithm"] or given.get("alg_configs")
+    minutes = asked_minutes(given)
     return Request(
         scheme,
         tune,
@@ -148,6 +163,8 @@ def _request(given: Mapping[str, Any]) -> Request:
         algorithm=_algorithm(algorithm, given.get("enable_adam"), tune.iters),
         gguf=gguf,
         target=target,
+        auto=auto,
+        minutes=minutes,
         asked=_asked(given),
         **_those(given, _PASSED_ON),
     )
@@ -258,6 +275,8 @@ def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that differ from their defaults."""
     parameters = inspect.signature(AutoRound.__new__).parameters
     usual = {name: parameter.default for name, parameter in parameters.items()}
+    if isinstance(given["scheme"], AutoScheme):
+        given = {**given, "scheme": "W4A16", **given["scheme"].arguments()}
     return {
         name: value
         for name, value in given.items()

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 
 _SILENT = ("show_progress", "platform")  # do not change the result
-_LISTS = ("ignore_layers", "fp_layers", "to_quant_block_names")
+_LISTS = ("schemes", "ignore_layers", "fp_layers", "to_quant_block_names")
 _FILES = ("dataset", "extra_data_dir", "template")
-_NAMES = {"engine": "for", "device": "device_map", "alg_configs": "algorithm"}
+_NAMES = {
+    "engine": "for",
+    "options": "schemes",
+    "avg_bits": "bits",
+    "target_bits": "bits",
+    "device": "device_map",
+    "alg_configs": "algorithm",
+}
 _OFF = {
     "sym": "--asym",
     "act_sym": "--act_asym",
@@ -33,7 +40,7 @@ _OFF = {
     "quant_lm_head": "--no-quant_lm_head",
     "quant_nontext_module": "--no-quant_nontext_module",
 }
-_ALREADY_OFF = ("apply_chat_template", "trust_remote_code", "low_gpu_mem_usage")
+_ALREADY_OFF = ("ignore_scale_zp_bits", "apply_chat_template", "trust_remote_code", "low_gpu_mem_usage")
 _ALREADY_ON = ("act_dynamic", "amp")
 
 
@@ -75,6 +82,8 @@ def _option(name: str, value: Any) -> list[str]:
         return [] if name in _ALREADY_ON else [option]
     if value is False:
         return [] if name in _ALREADY_OFF else [_OFF[name]] if name in _OFF else [f"--disable_{name}"]
+    if name == "shared_layers":
+        return [f"{option}={','.join(group)}" for group in value]
     if name == "layer_config":
         return [f"{option}={json.dumps(value)}"]
     if name == "max_memory" and isinstance(value, Mapping):

@@ -6,6 +6,7 @@ and data sets of others, so everything is escaped, and a value that is missing l
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,6 +59,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         ("", _cards(report)),
         ("Warnings", _warnings(report.get("warnings") or ())),
         ("Checks", _checks(report.get("checks") or ())),
+        ("Schemes chosen for the layers", _pairs(report.get("auto_scheme") or {})),
         ("Layers", _layers(report)),
         ("Kept in high precision (large)", _large_kept(report.get("large_kept") or ())),
         ("Loss of each block", _blocks(report.get("blocks") or ())),
@@ -161,17 +163,22 @@ def scheme_title(scheme: Any) -> str:
 
 def compress_names(names: Iterable[str]) -> list[str]:
     """Names that differ only in a number become one: `layers.[0-3].mlp`, `layers.[0-3].experts.[0-7].up`."""
-    found = list(names)
-    while len(shorter := _compress_once(found)) < len(found):
+    found, place = list(names), 0
+    while any(len(_NUMBER.findall(name)) > place for name in found):
+        shorter = _compress_at(found, place)
+        place += len(shorter) == len(found)
         found = shorter
     return found
 
 
-def _compress_once(names: Iterable[str]) -> list[str]:
-    """Joins names that are equal but for the first number."""
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def _compress_at(names: Iterable[str], place: int) -> list[str]:
+    """Joins names that are equal but for their number of that place, counted from 0."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name in names:
-        match = re.search(r"(?<![^.])\d+(?![^.])", name)
+        match = next(itertools.islice(_NUMBER.finditer(name), place, None), None)
         key = (name[: match.start()], name[match.end() :]) if match else (name, "")
         groups.setdefault(key, []).extend([int(match[0])] if match else [])
     return [f"{before}{_ranges(numbers)}{after}" for (before, after), numbers in groups.items()]
@@ -305,6 +312,17 @@ def expert_words(blocks: Sequence[Mapping[str, Any]]) -> str:
     total, rare = sum(one["experts"] for one in seen), sum(one["below_floor"] for one in seen)
     text = f"{total} experts, {min(one['least'] for one in seen)} to {max(one['most'] for one in seen)} tokens each"
     return text + (f"; {rare} below {seen[0]['floor']}" if rare else "")
+
+
+def text_words(data: Mapping[str, Any]) -> str:
+    """What the calibration text covers: `65536 tokens of 20 documents, 41% of the vocabulary; Latin 71%, Han 9%`."""
+    words = f"{data['tokens']} tokens"
+    if data.get("documents"):
+        words += f" of {data['documents']} documents"
+    if data.get("vocabulary_seen") is not None:
+        words += f", {data['vocabulary_seen']:.0%} of the vocabulary"
+    scripts = [f"{script} {share:.0%}" for script, share in list((data.get("scripts") or {}).items())[:3]]
+    return f"{words}; {', '.join(scripts)}" if scripts else words
 
 
 def _blocks(blocks: Sequence[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -20,6 +21,7 @@ from auto_round.earlier import earlier_runs
 from auto_round.estimate import coverage, memory, needed_samples
 from auto_round.modeling.checkpoint import CheckpointError, read_header
 from auto_round.modeling.headers import open_headers, write_headers
+from auto_round.speed import Glue, LayerShape, Setting, measure
 from auto_round.workload import workload
 
 OPTIONS = {"iters": 2, "nsamples": 4, "seqlen": 32, "group_size": 32, "show_progress": False, "device_map": "cpu"}
@@ -140,11 +142,20 @@ def test_advice_makes_it_fit(tiny_dir, monkeypatch):
 def test_every_stage_that_takes_time_is_estimated(tmp_path):
     """How near they are is for benchmarks/estimates.py: a machine that tests side by side is no place to time."""
     folder = save_tiny(tiny_llama(hidden_size=128, intermediate_size=256), tmp_path / "model")
-    options = {**OPTIONS, "iters": 5, "nsamples": 8, "seqlen": 128}
+    options = {**OPTIONS, "iters": 5, "nsamples": 8, "seqlen": 128, "scale_iters": 2}
     run = AutoRound(str(folder), **options)
     run.quantize_and_save(tmp_path / "out")
-    assert {"calibrate", "tune", "export", "verify"} <= run.times.keys()
-    assert {"original", "follow", "search", "judge", "steps", "export", "verify"} <= run.estimate.seconds.keys()
+    assert {"calibrate", "tune", "scales", "export", "verify"} <= run.times.keys()
+    assert {
+        "original",
+        "follow",
+        "search",
+        "judge",
+        "steps",
+        "scales",
+        "export",
+        "verify",
+    } <= run.estimate.seconds.keys()
     assert all(seconds > 0 for seconds in run.estimate.seconds.values())
 
 
@@ -214,3 +225,14 @@ def test_experts_are_counted(tmp_path):
     enough = needed_samples(found, work)
     assert enough * 32 * 2 / 8 >= 4 * found.floor > (enough - 1) * 32 * 2 / 8
     assert needed_samples(dataclasses.replace(found, tokens=10**6), work) is None
+
+
+def test_a_tried_product_is_shaped_like_the_real_one(monkeypatch):
+    """Of many tokens few are tried, not few of the layer's channels: a thin layer's backward is another product."""
+    seen = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: seen.append((x.shape, w.shape)) or linear(x, w))
+    setting = Setting(torch.device("cpu"), torch.float32, contextlib.nullcontext, False, None)
+    found = measure([LayerShape(4096, 2048, None, 65536)], Glue(64, 64, 0, 0, 16), setting)
+    assert {x for x, _ in seen} == {(1024, 2048)} and min(weight[0] for _, weight in seen) >= 512
+    assert next(iter(found.layers.values())).forward > 0

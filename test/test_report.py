@@ -155,3 +155,8 @@ def test_words():
     assert total_seconds({"tune": 2.0, "total": 9.0}) == 9.0
     assert scheme_words({**layer("a"), "group_size": -1, "sym": False}) == "4 bits, one scale a row, asymmetric"
     assert scheme_words(layer("a", "kept")) == "as in the source"
+
+
+def test_names_of_a_single_block_are_joined_at_a_later_number():
+    names = [f"mtp.layers.0.mlp.experts.{expert}.up_proj" for expert in range(8)]
+    assert compress_names(names) == ["mtp.layers.0.mlp.experts.[0-7].up_proj"]

@@ -45,11 +45,11 @@ def run(arguments: list[str], recipe: str = "default") -> int:
     began = time.monotonic()
     with _uncollected(), open_headers(model, trust, dtype, device) as streamed:
         found = make_plan(model, streamed, settings, formats, Path(options.output_dir))
-    found["planning_seconds"] = round(time.monotonic() - began, 2)
-    if options.json:
-        print(json.dumps(found, indent=2, default=str))
-    else:
-        _print(found)
+        found["planning_seconds"] = round(time.monotonic() - began, 2)
+        if options.json:
+            print(json.dumps(found, indent=2, default=str))
+        else:
+            _print(found)
     return 1 if found["problems"] else 0
 
 
@@ -70,7 +70,7 @@ def make_plan(
 ) -> dict[str, Any]:
     """Everything that is known before the start, as plain values."""
     from auto_round.autoround import AutoRound
-    from auto_round.compressors import afford
+    from auto_round.compressors import afford, minutes
     from auto_round.compressors.saving import layer_list
     from auto_round.earlier import earlier_runs
     from auto_round.estimate import needed_samples
@@ -78,7 +78,9 @@ def make_plan(
     tokenizer = SimpleNamespace(model_max_length=_longest(streamed.checkpoint.directory))
     compressor = AutoRound(streamed, tokenizer, **settings)
     chosen = [compressor.bind(name) for name in (formats or compressor.default_format).split(",")]
-    sizes, plan, work = afford.output_sizes(compressor, chosen), compressor.plan, afford.work_of(compressor)
+    sizes, plan = afford.output_sizes(compressor, chosen), compressor.plan
+    minutes.settle(compressor, sizes, folder)
+    work = afford.work_of(compressor)
     estimate = afford.estimate_run(compressor, work, sizes)
     memory, disk = afford.problems(
         compressor, work, estimate, afford.allowed(compressor, afford.resources(folder, compressor.device))
@@ -97,11 +99,19 @@ def make_plan(
         "output_bytes": afford.possible_sizes(compressor, chosen[0], sizes[chosen[0].name]) | sizes,
         "estimate": estimate.to_dict(),
         "working": {**dataclasses.asdict(compressor.working), "micro_tokens": work.micro},
+        "minutes": compressor.pick.describe() if compressor.pick is not None else None,
         "earlier": earlier_runs(folder).words(),
         "samples_for_experts": max((needed_samples(one, work) or 0 for one in estimate.experts), default=0) or None,
         "problems": [*memory, *disk],
-        "warnings": list(compressor.warnings),
+        "warnings": [*compressor.warnings, *_not_chosen(compressor)],
     }
+
+
+def _not_chosen(compressor: Compressor) -> list[str]:
+    """What a plan cannot know of a run that chooses schemes."""
+    if compressor.auto is None:
+        return []
+    return [f"each layer's scheme is chosen when the run starts ({compressor.auto}); until then one stands for all"]
 
 
 def _large_kept(compressor: Compressor) -> list[dict[str, Any]]:
@@ -186,6 +196,8 @@ def _needs(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     stages = ", ".join(f"{name} {seconds(took)}" for name, took in estimate["seconds"].items() if took >= 0.05)
     yield "works with", _working_words(found["working"], found["device"])
     yield "time", f"{seconds(estimate['total_seconds'])} as fast as this machine is now ({stages})"
+    if found["minutes"]:
+        yield "picked", found["minutes"]["words"]
     if found["earlier"]:
         yield "earlier runs here", f"estimates were off by: {found['earlier']}"
 

@@ -12,6 +12,8 @@ from typing import Any
 from auto_round.algorithms import ALGORITHMS, ALIASES
 from auto_round.cli.launch import is_rank, launch
 from auto_round.cli.parser import (
+    Groups,
+    Names,
     Parser,
     UsageError,
     add_debug,
@@ -19,6 +21,7 @@ from auto_round.cli.parser import (
     add_trust,
     comma_list,
     layer_config,
+    number,
     whole_number,
 )
 from auto_round.settings import RECIPES
@@ -31,8 +34,7 @@ rounding is tuned for 200 iterations per block. A run that was stopped goes on w
 # Options of the interface that people know for which this version has no counterpart.
 # fmt: off
 ABSENT = (
-    "--schemes", "--avg_bits", "--target_bits", "--options", "--option", "--ignore_scale_zp_bits",
-    "--shared_layers", "--num_hidden_layers", "--debug_layer_num", "--enable_deterministic_algorithms",
+    "--num_hidden_layers", "--debug_layer_num", "--enable_deterministic_algorithms",
     "--model_free", "--disable_model_free", "--scale_dtype", "--nblocks",
     "--enable_norm_bias_tuning", "--enable_alg_ext", "--enable_lfq", "--enable_neuqi",
     "--awq_duo_scaling", "--awq_n_grid", "--awq_seqlen", "--awq_smooth_batch_size", "--awq_apply_clip",
@@ -84,7 +86,14 @@ def make_parser(recipe: str = "default") -> Parser:
 def _add_scheme(parser: Parser) -> None:
     group = parser.add_argument_group("what is stored")
     group.add_argument("--scheme", help="preset: W4A16 (default), W2A16G32 …; `auto-round list schemes` shows them")
-    group.add_argument("--bits", "--bit", type=whole_number, metavar="N", help="width of the codes, 2 to 8")
+    _add_choice(group)
+    group.add_argument(
+        "--bits",
+        "--bit",
+        type=number,
+        metavar="N",
+        help="width of the codes, 2 to 8; with --schemes the average, 3.5 …",
+    )
     group.add_argument(
         "--group_size",
         type=whole_number,
@@ -124,6 +133,28 @@ def _add_scheme(parser: Parser) -> None:
     )
 
 
+def _add_choice(group: Any) -> None:
+    """Several schemes, of which each layer gets one."""
+    group.add_argument(
+        "--schemes",
+        nargs="+",
+        action=Names,
+        metavar="NAME",
+        help="presets to choose from for each layer, such as W2A16,W4A16,W8A16, within --bits or --target-size",
+    )
+    group.add_argument("--target_size", metavar="SIZE", help="of the weights that are written, with --schemes: 20GB …")
+    group.add_argument(
+        "--shared_layers",
+        nargs="+",
+        action=Groups,
+        metavar="LAYERS",
+        help="comma list of layers that get one scheme, with --schemes; repeatable",
+    )
+    group.add_argument("--ignore_scale_zp_bits", action="store_true", help="--bits of --schemes counts codes alone")
+    group.add_argument("--options", "--option", dest="schemes", nargs="+", action=Names, help=argparse.SUPPRESS)
+    group.add_argument("--avg_bits", "--target_bits", dest="bits", type=number, help=argparse.SUPPRESS)
+
+
 def _add_activations(group: Any) -> None:
     group.add_argument(
         "--act_group_size", type=whole_number, metavar="N", help="inputs that share an activation's scale"
@@ -147,9 +178,15 @@ def _add_activations(group: Any) -> None:
 
 def _add_run(parser: Parser) -> None:
     group = parser.add_argument_group("how it runs")
-    group.add_argument("--dataset", help="calibration text: a .json, .jsonl or .txt file, or hub names")
+    group.add_argument("--dataset", help="calibration text: a .json, .jsonl or .txt file, hub names, or self")
     group.add_argument("--nsamples", "--nsample", type=whole_number, metavar="N", help="calibration samples (128)")
     group.add_argument("--seqlen", "--seq_len", type=whole_number, metavar="N", help="tokens per sample (2048)")
+    group.add_argument(
+        "--expert_topup",
+        type=whole_number,
+        metavar="N",
+        help="candidates for each sample, of which those are used that reach rarely used experts (0)",
+    )
     group.add_argument("--extra_data_dir", metavar="DIR", help="where the images or sounds of the dataset lie")
     group.add_argument("--template", metavar="FILE", help="a Jinja chat template instead of the processor's own")
     group.add_argument("--mllm", action="store_true", default=False, help=argparse.SUPPRESS)
@@ -188,11 +225,21 @@ def _add_tuning(parser: Parser) -> None:
         "--iters", "--iter", type=whole_number, metavar="N", help="steps per block (200); 0 rounds to nearest"
     )
     group.add_argument(
+        "--minutes",
+        type=number,
+        metavar="N",
+        help="of wall time: iters and scale_iters are picked, the best that fit by the estimate",
+    )
+    group.add_argument(
         "--batch_size", "--train_bs", "--bs", type=whole_number, metavar="N", help="samples that a step rests on (8)"
     )
     group.add_argument("--gradient_accumulate_steps", type=whole_number, metavar="N", help="batches per step (1)")
     group.add_argument("--lr", type=float, metavar="X", help="step of the rounding (1/iters)")
     group.add_argument("--minmax_lr", type=float, metavar="X", help="step of the clipping (lr)")
+    group.add_argument(
+        "--scale_iters", type=int, metavar="N", help="steps that train the scales of the whole model at the end (0)"
+    )
+    group.add_argument("--scale_lr", type=float, metavar="X", help="step of that training (0.003)")
     group.add_argument("--momentum", type=float, metavar="X", help="carries a step's direction over to the next (0.5)")
     group.add_argument(
         "--algorithm",
@@ -235,7 +282,11 @@ def settings_for(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of `AutoRound`: what the user gave, and what the recipe says about the rest."""
     own = (*_OWN, *_ACCEPTED)
     given = {name: value for name, value in vars(options).items() if name not in own and value is not None}
-    return {**RECIPES[options.recipe], **given}
+    if "minutes" not in given:
+        return {**RECIPES[options.recipe], **given}
+    if options.recipe != "default":
+        raise UsageError(f"--minutes picks the settings that --recipe {options.recipe} names: give one of them")
+    return given
 
 
 def run(arguments: list[str], recipe: str = "default") -> int:

@@ -19,6 +19,7 @@ from auto_round.report import (
     scheme_words,
     seconds,
     size,
+    text_words,
     total_seconds,
 )
 
@@ -78,6 +79,10 @@ def how_to_load(report: Mapping[str, Any]) -> list[str]:
 def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterable[tuple[str, str]]:
     """(what, how much) of a report."""
     yield from layer_rows(report.get("layers") or ())
+    if report.get("data"):
+        yield "calibration text", text_words(report["data"])
+    if report.get("auto_scheme"):
+        yield "schemes", choice_words(report["auto_scheme"])
     experts = expert_words(report.get("blocks") or ())
     if experts:
         yield "experts", experts
@@ -91,6 +96,11 @@ def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterabl
     share = sizes["output_bytes"] / max(sizes["source_bytes"], 1)
     yield "size", f"{size(sizes['source_bytes'])} → {size(sizes['output_bytes'])} ({share:.0%})"
     yield "time", _times(report.get("times") or {}, wall)
+    if report.get("minutes"):
+        yield "picked", report["minutes"]["words"]
+    if report.get("scales"):
+        (_, first), *_, (_, last) = report["scales"]["losses"]
+        yield "scales trained together", f"KL of the calibration text {first:.4g} -> {last:.4g}"
     if report.get("tuning_rate"):
         yield "tuning steps", f"{rate_words(report['tuning_rate'])} of the rate of a large matrix product"
     yield "peak memory", f"{mib(report.get('peak_memory_mb'))} ({mib(report.get('import_memory_mb'))} after importing)"
@@ -102,6 +112,15 @@ def report_rows(report: Mapping[str, Any], wall: float | None = None) -> Iterabl
         yield "warning", str(warning)
     yield "files", report["folder"]
     yield "report", f"{report['folder']}/report.html (and report.json)"
+
+
+def choice_words(choice: Mapping[str, Any]) -> str:
+    """What AutoScheme chose."""
+    measured = f", measured {figure(choice['measured_kl'])}" if choice.get("measured_kl") is not None else ""
+    return (
+        f"{choice['average_bits']:.2f} bits on average, asked for: {choice['asked']}; KL expected of rounding to "
+        f"nearest {figure(choice['predicted_kl'])}{measured}"
+    )
 
 
 def layer_rows(layers: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
@@ -129,6 +148,6 @@ def _shown(names: list[str]) -> str:
 
 
 def _times(times: Mapping[str, float], wall: float | None) -> str:
-    stages = [name for name in ("load", "calibrate", "tune", "export", "verify") if name in times]
+    stages = [name for name in ("load", "choose", "calibrate", "tune", "export", "verify") if name in times]
     parts = ", ".join(f"{name} {seconds(times[name])}" for name in stages)
     return f"{seconds(wall if wall is not None else total_seconds(times))} ({parts})"

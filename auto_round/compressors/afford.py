@@ -76,10 +76,14 @@ def work_of(run: Compressor, working: Working | None = None) -> Workload:
 
 
 def speed_of(run: Compressor, work: Workload) -> Speed:
-    """How fast this machine is at the run's work."""
+    """How fast this machine is at the run's work: measured once for all work of a kind, so that estimates agree."""
     moves = rule(run.algorithm_name, work.tune) if work.tune.iters and work.needs_data else None
-    dtype = getattr(run.model, "dtype", torch.float32)
-    return measure(work.shapes, work.glue, Setting(run.device, dtype, run.amp, work.tune.search, moves))
+    kind = (tuple(work.shapes), work.glue, work.tune.search, moves is None)
+    if kind not in run.speeds:
+        dtype = getattr(run.model, "dtype", torch.float32)
+        setting = Setting(run.device, dtype, run.amp, work.tune.search, moves)
+        run.speeds[kind] = measure(work.shapes, work.glue, setting)
+    return run.speeds[kind]
 
 
 def estimate_run(run: Compressor, work: Workload, output: Mapping[str, int]) -> Estimate:
@@ -89,7 +93,7 @@ def estimate_run(run: Compressor, work: Workload, output: Mapping[str, int]) -> 
 
 
 def output_sizes(run: Compressor, formats: Sequence[ExportFormat]) -> dict[str, int]:
-    return {fmt.name: planned_bytes(run.streamed, run.plan, fmt) for fmt in formats}
+    return {fmt.name: planned_bytes(run.streamed, fmt.plan, fmt) for fmt in formats}
 
 
 def possible_sizes(run: Compressor, known: ExportFormat, nbytes: int) -> dict[str, int]:
@@ -100,7 +104,8 @@ def possible_sizes(run: Compressor, known: ExportFormat, nbytes: int) -> dict[st
     if known.plain:
         return {known.name: nbytes}
     plan, counts = _one_of_each(run.plan)
-    rest = nbytes - _packed_bytes(known, plan, counts)
+    held = make_format(known.name, plan).plan
+    rest = nbytes - _packed_bytes(known, held, counts) - _kept_drafts(plan, held, counts)
     found: dict[str, int] = {}
     for name in FORMATS:
         try:
@@ -108,8 +113,14 @@ def possible_sizes(run: Compressor, known: ExportFormat, nbytes: int) -> dict[st
         except PlanError:
             continue
         if not fmt.plain:
-            found[name] = rest + _packed_bytes(fmt, plan, counts)
+            found[name] = rest + _packed_bytes(fmt, fmt.plan, counts) + _kept_drafts(plan, fmt.plan, counts)
     return found
+
+
+def _kept_drafts(plan: ModelPlan, held: ModelPlan, counts: Mapping[str, int]) -> int:
+    """Bytes of layers that are quantized in a plan and not in what a format holds of it."""
+    layers = (layer for name, layer in plan.quantized().items() if not held.layers[name].is_quantized)
+    return sum(counts[layer.name] * layer.info.numel * layer.info.dtype.itemsize for layer in layers)
 
 
 def _one_of_each(plan: ModelPlan) -> tuple[ModelPlan, dict[str, int]]:
@@ -221,6 +232,8 @@ def _lighter(work: Workload):
                 yield f"seqlen={length}", dataclasses.replace(work, length=length, micro=micro)
         short = dataclasses.replace(work, length=min(work.length, 512), micro=min(work.micro, 512))
         yield "seqlen=512 and batch_size=1", short
+    if work.tune.scale_iters:
+        yield "scale_iters=0", dataclasses.replace(work, tune=dataclasses.replace(work.tune, scale_iters=0))
     if work.tune.iters:
         yield "iters=0", dataclasses.replace(work, tune=dataclasses.replace(work.tune, iters=0))
     if work.needs_data:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from auto_round.auto_scheme.choose import choose_schemes
 from auto_round.budget import Working
 from auto_round.calibration.attention import check_attentions
 from auto_round.calibration.block_io import Placement
@@ -22,18 +23,22 @@ from auto_round.calibration.feed import complete_sample, random_text
 from auto_round.calibration.forwards import ReplayError
 from auto_round.calibration.native import NativeRun, mapped, run_native
 from auto_round.command import command_line
-from auto_round.compressors import notes
-from auto_round.compressors.adapt import Planner
-from auto_round.compressors.afford import check_fits
+from auto_round.compressors import minutes, notes
+from auto_round.compressors.adapt import Planner, Recipe
+from auto_round.compressors.afford import check_fits, output_sizes
 from auto_round.compressors.backoff import naming_the_lack
 from auto_round.compressors.blocks import Blocks, Way, put_quantized, quantize_outside
 from auto_round.compressors.chain import Chain
 from auto_round.compressors.choose import choose_for
+from auto_round.compressors.distill import train_scales
+from auto_round.compressors.drafts import quantize_drafts
 from auto_round.compressors.facts import facts_of
+from auto_round.compressors.own_text import own_text
 from auto_round.compressors.request import Request, Source
 from auto_round.compressors.samples import CHECK_SAMPLES, check_batch, read_samples
 from auto_round.compressors.saving import folder_name, format_folders, prepare_output, save
 from auto_round.compressors.together import all_notes, open_store, temporary_root
+from auto_round.compressors.topup import candidates, topped_up
 from auto_round.compressors.weights import first_bad_tensor
 from auto_round.estimate import Estimate
 from auto_round.formats import format_name, make_format
@@ -44,9 +49,12 @@ from auto_round.plan import ModelPlan, PlanError
 from auto_round.progress import RunProgress
 from auto_round.ranks import Ranks
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
+from auto_round.settings import CalibSettings, TuneSettings
 from auto_round.special_model_handler import _handle_special_model
+from auto_round.speed import Speed
 from auto_round.store import Store
 from auto_round.tied import quantized_outside
+from auto_round.utils.common import all_finite
 from auto_round.utils.device import is_out_of_memory, peak_memory_mb
 from auto_round.utils.model import get_lm_head_name
 from auto_round.workload import Workload, expert_spread
@@ -70,16 +78,21 @@ class Compressor:
         self.source_dir, self.name = source.directory, source.name
         self.scheme, self.tune, self.calibration = request.scheme, request.tune, request.calib
         self.attention, self.budget, self.target = request.attention, request.budget, request.target
+        self.auto, self.choice = request.auto, None
+        self.minutes, self.pick = request.minutes, None
+        self._learner = request.algorithm_name
         self.algorithm_name, self.default_format = request.algorithm_name, request.default_format
         self.trust_remote_code = request.trust_remote_code
         self.show_progress = request.show_progress and self.ranks.main
         self.report: dict[str, Any] = {}
         self.block_log: list[dict[str, Any]] = []
+        self.scale_log: list[tuple[int, float]] = []
         self.warnings: list[str] = []
         self.times: dict[str, float] = {}
         self.estimate: Estimate | None = None
         self.tuning_rate: dict[str, float] | None = None
         self.workloads: list[tuple[tuple, Workload]] = []  # what they were counted for, and they
+        self.speeds: dict[tuple, Speed] = {}  # this machine's, by what kind of work it was measured for
         self.import_memory_mb = peak_memory_mb()
         self.model = _handle_special_model(self.streamed.model)
         self.data = None
@@ -93,10 +106,32 @@ class Compressor:
         head = get_lm_head_name(self.model) if request.quant_lm_head else None
         self.warnings += notes.unquantized_head(self.plan.layers[head] if head is not None else None)
 
-    def _make_plan(self, scheme: QuantizationScheme, gguf: str | None) -> None:
+    def _make_plan(self, scheme: QuantizationScheme, gguf: str | None, chosen: Recipe | None = None) -> None:
         self.scheme, self.gguf = scheme, gguf
-        self.plan, repairs = self._planner.plan(scheme, gguf)
+        self.plan, repairs = self._planner.plan(scheme, gguf, chosen)
         self.warnings += repairs
+
+    def choose_schemes(self, fmt: ExportFormat | None = None, root: Path | None = None) -> None:
+        """Choose each layer's scheme where there are several to choose from; see `auto_scheme.choose`."""
+        if self.auto is not None and self.choice is None:
+            began = time.monotonic()
+            self.choice = choose_schemes(self, fmt or self.bind(self.default_format), root)
+            self._make_plan(self.choice.common, None, self.choice.recipe)
+            vars(self).pop("working", None)  # a run that goes on has not looked at memory before it has this plan
+            self.warnings += self.choice.notes
+            self.times["choose"] = time.monotonic() - began
+
+    def retune(self, tune: TuneSettings) -> None:
+        """Take other settings of tuning, as long as nothing was done by the old ones."""
+        self.tune, self.algorithm_name = tune, self._learner if tune.iters else "rtn"
+        vars(self).pop("working", None)
+
+    def take_pick(self, pick: minutes.Pick) -> None:
+        """Remember what was picked for a budget of minutes; the line that repeats the run names it instead."""
+        self.pick = pick
+        if self._asked is not None:
+            kept = {name: value for name, value in self._asked.items() if name != "minutes"}
+            self._asked = kept | pick.point.arguments()
 
     def bind(self, name: str) -> ExportFormat:
         """A format for this run's plan; before the run, a GGUF file type brings its mixture if no scheme was asked for.
@@ -107,6 +142,7 @@ class Compressor:
         known = format_name(name)
         kind = known.removeprefix("gguf:").upper()
         fresh = self.store is None and self.gguf is None and self.scheme == PRESET_SCHEMES["W4A16"]
+        fresh = fresh and self.auto is None
         if known.startswith("gguf:") and fresh:
             self._make_plan(PRESET_SCHEMES[f"GGUF:{kind}"], kind)
         fmt = make_format(known, self.plan)
@@ -184,20 +220,28 @@ class Compressor:
 
     # ---- calibrate -------------------------------------------------------------------------------------------
 
-    def load_data(self) -> None:
-        """Read the calibration text, and the text on which original and result are compared at the end."""
+    def load_data(self, kept: Path | None = None) -> None:
+        """Read the calibration text, and the text on which original and result are compared at the end.
+
+        kept: the folder that keeps text which the model has to write first; None for none.
+        """
         if self.data is None:
-            self.data = read_samples(
-                self.calibration,
-                self.model,
-                self.tokenizer,
-                self.processor,
-                self.source_dir,
-                nsamples=self.calibration.nsamples if self.needs_data else 1,
-                seed=self.tune.seed,
-                trust_remote_code=self.trust_remote_code,
-            )
+            self.data = self.read(self.calibration, candidates(self), kept)
             self.warnings.extend(self.data.notes)
+
+    def read(self, wanted: CalibSettings, nsamples: int, kept: Path | None = None) -> Any:
+        """So many calibration samples, and held-out ones. kept: see `load_data`."""
+        return read_samples(
+            wanted,
+            self.model,
+            self.tokenizer,
+            self.processor,
+            self.source_dir,
+            nsamples=nsamples,
+            seed=self.tune.seed,
+            trust_remote_code=self.trust_remote_code,
+            own_text=functools.partial(own_text, self, kept),
+        )
 
     @property
     def samples(self) -> list[dict[str, torch.Tensor]]:
@@ -220,7 +264,7 @@ class Compressor:
             with naming_the_lack("running the original on the check batch"):
                 self.native = self._run_native(self._check_batch())
             self.streamed.forget_originals()
-            if not torch.isfinite(self.native.logits).all():
+            if not all_finite(self.native.logits):
                 reason = first_bad_tensor(self.streamed, self.plan.block_names, self.native.first_not_finite())
                 raise ValueError(f"the original model gives logits that are not finite: {reason}")
             if self.working.logits == "file" and self.store is not None:
@@ -264,23 +308,24 @@ class Compressor:
         if self.store is None:
             self._open_store(None)
         self._close_chain()
+        self.data = topped_up(self)
         self._quantize_outside(self.store)  # first, so that the blocks are tuned behind a quantized embedding
         self._chain = Chain(
             self.model,
             native,
-            self._own_samples(),
-            self._placement(),
+            self.own_samples(),
+            self.placement(),
             self.amp,
             self.tune.batch_size,
             self.tune.enable_quanted_input and self.tune.iters > 0,
             functools.partial(quantized_outside, self.model, self.plan, self.store),
             self.working,
-            self._note,
+            self.note,
             expert_spread(self.plan, getattr(self.model, "config", None)),
         )
         self.times["calibrate"] = time.monotonic() - began
 
-    def _own_samples(self) -> list[dict[str, torch.Tensor]]:
+    def own_samples(self) -> list[dict[str, torch.Tensor]]:
         """Those that this rank follows."""
         samples = self.samples
         size = self.ranks.step_size(self.tune.samples_per_step, len(samples))
@@ -305,6 +350,7 @@ class Compressor:
                 done = {entry["name"] for entry in blocks.log}
                 blocks.follow_none([block for block in names if block not in done])
                 self._quantize_outside(store)
+                quantize_drafts(self.streamed, self.plan, store, self.tune, self.ranks)
         finally:
             self._close_chain()
         self.block_log, self.warnings = all_notes(blocks.log, self.warnings, names, self.ranks)
@@ -313,6 +359,8 @@ class Compressor:
         dtype = torch.bfloat16 if self.autocasts else getattr(self.model, "dtype", torch.float32)
         self.tuning_rate = notes.tuning_rate(self.block_log, self.device, dtype)
         self.times["tune"] = time.monotonic() - began
+        if self.tune.scale_iters:
+            train_scales(self)
 
     _quantize_blocks = quantize_blocks  # the name that tests of single models call it by
 
@@ -324,11 +372,12 @@ class Compressor:
             self._chain.close()
             self._chain = None
 
-    def _placement(self) -> Placement:
+    def placement(self) -> Placement:
+        """Where samples wait between blocks."""
         prefix = f"rank{self.ranks.rank}-" if self.ranks.rank else ""
         return Placement(self.device, self.working.keep, self.store.folder, prefix)
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
         """Say something that a person should know, now and in the report."""
         logger.warning(text)
         self.warnings.append(text)
@@ -340,15 +389,19 @@ class Compressor:
         return facts_of(self)
 
     def _open_store(self, root: Path | None) -> Store:
+        minutes.settle(self, {}, root.parent if root is not None else None, root)
         if self.needs_data:
-            self.load_data()
+            self.load_data(root)
         if root is None:
             root, self._temporary = temporary_root(self.ranks)
         self.store = open_store(root, self.facts(), self.ranks)
+        if self.ranks.main:
+            minutes.keep(self.pick, root)
         return self.store
 
     def run(self, work: Path | None = None) -> Store:
         """Everything up to the store: calibrate where the algorithm needs it, then quantize every block."""
+        self.choose_schemes()
         store = self.store if self.store is not None and work is None else self._open_store(work)
         if self.needs_data:
             self.calib()
@@ -409,15 +462,21 @@ class Compressor:
         """
         formats = [self.bind(name) for name in (format or self.default_format).split(",")]
         output = Path(output_dir).expanduser().absolute()
-        base = (output / folder_name(self.name, self.scheme, self.gguf is not None)).resolve()
+        label = self.auto.label if self.auto is not None else None
+        base = (output / folder_name(self.name, self.scheme, self.gguf is not None, label)).resolve()
+        work = base.with_name(base.name + ".work")
         finals = format_folders(base, formats)
         if self.ranks.main:
             for final in finals:
                 prepare_output(final, self.source_dir)
+        self.choose_schemes(formats[0], work)
+        formats = [self.bind(fmt.name) for fmt in formats]
+        minutes.settle(self, output_sizes(self, formats) if self.minutes else {}, work.parent, work)
+        if self.ranks.main:
             with naming_the_lack("estimating what the run needs"):
                 self.estimate = check_fits(self, formats, base, force)
         command = command_line(self._asked, output, [fmt.name for fmt in formats], max_shard_size, force)
-        with contextlib.closing(self._open_store(base.with_name(base.name + ".work"))) as store:
+        with contextlib.closing(self._open_store(work)) as store:
             self.run()
             with naming_the_lack("writing and verifying the result"):
                 pairs = zip(formats, finals, strict=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from auto_round.auto_scheme import AutoScheme
 from auto_round.budget import Budget
 from auto_round.formats.engines import EngineProfile
 from auto_round.modeling.streaming import StreamedModel
@@ -40,7 +41,9 @@ class Request:
     blocks: names of the blocks to quantize; None for those that are found.
     algorithm: its name; None for the usual one.
     gguf: llama.cpp's file type whose mixture of tensor types is wanted. target: the engine that is to load the result.
+    auto: schemes to choose from for each layer; `scheme` stands for all until they are chosen.
     format: what to save as unless told otherwise; None for what suits scheme and engine.
+    minutes: of wall time, for which the best settings of tuning are picked; None for those of `tune`.
     asked: arguments of `AutoRound` as they were given, for the command that repeats the run; None if there were none.
     """
 
@@ -57,6 +60,8 @@ class Request:
     algorithm: str | None = None
     gguf: str | None = None
     target: EngineProfile | None = None
+    auto: AutoScheme | None = None
+    minutes: float | None = None
     format: str | None = None
     trust_remote_code: bool = False
     show_progress: bool = True
@@ -65,7 +70,8 @@ class Request:
     @property
     def needs_data(self) -> bool:
         """Whether the run learns from calibration samples, as far as it is known before there is a plan."""
-        return self.tune.needs_data or bool(self.attention.scaled) or self.scheme.needs_input_range
+        learns = self.tune.needs_data or bool(self.attention.scaled) or self.auto is not None
+        return learns or self.scheme.needs_input_range
 
     @property
     def algorithm_name(self) -> str:
