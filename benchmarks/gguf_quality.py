@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gguf
 import numpy as np
 import torch
-from quality import compare, load_original, test_windows
+from _checkpoints import load_original, weight_of
+from quality import compare, test_windows
 
 from auto_round import AutoRound
 from auto_round.algorithms.base import oriented, put_weights
@@ -79,7 +80,10 @@ class Bench:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.original = load_original(options.model)
-        self.windows = test_windows(options.model, options.test)
+
+    @cached_property
+    def windows(self) -> torch.Tensor:
+        return test_windows(self.options.model, self.options.test)
 
     def compressor(self, file_type: str, iters: int) -> Any:
         chosen = self.options
@@ -108,16 +112,19 @@ class Bench:
         return {"cpu_s": seconds, **compare(model, self.original, self.windows)}
 
     @torch.no_grad()
-    def theirs(self, file_type: str, importance: Importance) -> Record:
-        """Quantize with llama.cpp; layers without importance as it does without an importance matrix."""
+    def quantized(self, file_type: str, importance: Importance) -> tuple[torch.nn.Module, float]:
+        """The model as llama.cpp quantizes it, and CPU seconds; layers without importance as without a matrix."""
         plan, ggml = self.compressor(file_type, 0).plan, Ggml(self.options.ggml)
         model = load_original(self.options.model)
         began = time.process_time()
         for name, layer in plan.quantized().items():
-            weight = model.get_parameter(f"{name}.weight")
+            weight = weight_of(model, name)
             found = ggml.quantized(oriented(weight, layer), layer_kind(layer), importance.get(name))
             weight.copy_(oriented(found, layer))
-        seconds = time.process_time() - began
+        return model, time.process_time() - began
+
+    def theirs(self, file_type: str, importance: Importance) -> Record:
+        model, seconds = self.quantized(file_type, importance)
         return {"cpu_s": seconds, **compare(model, self.original, self.windows)}
 
     @cached_property
@@ -129,12 +136,21 @@ class Bench:
         ids = torch.cat([sample["input_ids"] for sample in run.samples])
         return mean_squares(self.original, run.plan, ids), time.process_time() - began
 
+    def block_importance(self) -> Importance:
+        """The importance matrix without the model's ends, which llama-imatrix leaves out by default."""
+        return {name: h for name, h in self.imatrix[0].items() if _in_block(self.original, name)}
+
     def with_imatrix(self, file_type: str, output_too: bool) -> Record:
         importance, seconds = self.imatrix
-        if not output_too:
-            importance = {name: h for name, h in importance.items() if _in_block(self.original, name)}
-        found = self.theirs(file_type, importance)
+        found = self.theirs(file_type, importance if output_too else self.block_importance())
         return {**found, "cpu_s": found["cpu_s"] + seconds, "imatrix_cpu_s": seconds}
+
+
+def bench_for(job: Record) -> Bench:
+    """A bench for one row of frontier.py, which says in its job what is quantized and with which text."""
+    chosen = {"model": Path(job["model"]), "text": job["calib"], "ggml": job["ggml"], "types": [job["row"]]}
+    counts = {key: job[key] for key in ("nsamples", "seqlen")}
+    return Bench(argparse.Namespace(**chosen, **counts, options={"seed": job["seed"]}))
 
 
 def _in_block(model: torch.nn.Module, name: str) -> bool:

@@ -26,8 +26,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from _quantizers import QUANTIZERS, RECIPES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,37 +39,19 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 
-RECIPES: dict[str, dict[str, Any]] = {
-    "rtn": {"iters": 0, "disable_opt_rtn": True},
-    "opt_rtn": {"iters": 0},
-    "light": {"iters": 50, "lr": 5e-3},
-    "default": {"iters": 200},
-    "best": {"iters": 1000},
-}
 ROWS = "W4g128,W4g32,W3g128,W2g64,W2g32"
 KEY = ("tag", "row", "recipe", "seed", "nsamples", "seqlen", "threads")
-BATCH_SIZE = 8
 
 EVAL_SEQLEN = 512
 EVAL_WINDOWS = 120
 KL_WINDOWS = 48
 EVAL_BATCH = 4
-WORD_BITS = 32
 DOCUMENT_BREAK = re.compile(r"\n?\n<\|doc\|>\n\n?")
-PACKED_SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantizing: runs in the interpreter under test
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def parse_row(row: str) -> dict[str, Any]:
-    """Turn a row name such as ``W4g128`` into the scheme arguments of ``AutoRound``."""
-    match = re.fullmatch(r"W(\d+)g(-?\d+)", row)
-    if match is None:
-        raise ValueError(f"a row looks like W4g128, not {row!r}")
-    return {"scheme": f"W{match[1]}A16", "group_size": int(match[2])}
 
 
 def cpu_seconds() -> float:
@@ -87,16 +72,13 @@ def quantize_worker(job: Record) -> None:
     torch.set_num_threads(job["threads"])
     importlib.import_module("transformers")
     report: Record = {"import_rss_mb": peak_rss_mib()}
-    package = importlib.import_module("auto_round")
-    from auto_round import AutoRound
-
+    package = importlib.import_module(job["package"])
     report["import_s"] = time.perf_counter() - started
     report["version"] = str(getattr(package, "__version__", "unknown"))
     report["torch"] = str(torch.__version__)
     report["import_cpu_s"] = cpu_seconds()
     started = time.perf_counter()
-    compressor = AutoRound(job["model"], **job["arguments"])
-    compressor.quantize_and_save(job["output"], format="auto_round")
+    QUANTIZERS[job["package"]](job)
     report["wall_s"] = time.perf_counter() - started
     report["peak_rss_mb"] = peak_rss_mib()
     report["child_peak_rss_mb"] = peak_rss_mib(resource.RUSAGE_CHILDREN)
@@ -106,123 +88,6 @@ def quantize_worker(job: Record) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation: runs in the calling interpreter, in a process of its own
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def unpack_codes(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Decode ``count`` unsigned codes from the little-endian bit stream in each column of int32 ``words``."""
-    import torch
-
-    blocks = -(-count // WORD_BITS)  # 32 codes always fill exactly ``bits`` words
-    words = words.to(torch.int64) & 0xFFFFFFFF
-    if words.shape[0] < blocks * bits:
-        words = torch.nn.functional.pad(words, (0, 0, 0, blocks * bits - words.shape[0]))
-    stream = words[: blocks * bits].reshape(blocks, bits, -1)
-    codes = torch.empty(blocks, WORD_BITS, stream.shape[-1], dtype=torch.int64)
-    for position in range(WORD_BITS):
-        word, shift = divmod(position * bits, WORD_BITS)
-        value = stream[:, word] >> shift
-        if shift + bits > WORD_BITS:
-            value = value | (stream[:, word + 1] << (WORD_BITS - shift))
-        codes[:, position] = value & ((1 << bits) - 1)
-    return codes.reshape(blocks * WORD_BITS, -1)[:count]
-
-
-def layer_setting(config: Record, name: str, key: str) -> int:
-    """The value of ``key`` for layer ``name``: its own in ``extra_config`` (exact or pattern), else the general one."""
-    extra = config.get("extra_config") or {}
-    entry = extra.get(name)
-    if entry is None:
-        entry = next((value for pattern, value in extra.items() if re.fullmatch(pattern, name)), {})
-    value = entry.get(key)
-    return int(config[key] if value is None else value)
-
-
-def stored_zero_offset(config: Record) -> int:
-    """What has to be added to a stored zero point: 1 for the first GPTQ layout, 0 where it is stored as it is."""
-    packing = str(config.get("packing_format", ""))
-    method = config.get("quant_method")
-    if "awq" in packing or method == "awq":
-        raise ValueError("the AWQ layout is not read by this evaluation")
-    if method == "gptq":
-        return int(config.get("checkpoint_format", "gptq") != "gptq_v2")
-    return int("gptq" in packing and "gptqmodel" not in packing)
-
-
-def group_index(tensors: dict[str, torch.Tensor], name: str, config: Record, columns: int) -> torch.Tensor:
-    """The group of every input column: the stored index, else runs whose length follows from the rows of scales."""
-    import torch
-
-    if f"{name}.g_idx" in tensors:
-        return tensors[f"{name}.g_idx"].long()
-    rows = tensors[f"{name}.scales"].shape[0]
-    size = layer_setting(config, name, "group_size")
-    if size <= 0 or -(-columns // size) != rows:
-        size = -(-columns // rows)
-    if -(-columns // size) != rows:
-        raise ValueError(f"{name}: {rows} rows of scales do not divide {columns} columns into groups")
-    return torch.arange(columns) // size
-
-
-def decode_layer(tensors: dict[str, torch.Tensor], name: str, config: Record, shape: torch.Size) -> torch.Tensor:
-    """The fp32 weight of shape [out, in] that a packed layer stands for."""
-    out_features, in_features = shape
-    qweight = tensors[f"{name}.qweight"]
-    bits = layer_setting(config, name, "bits")
-    if qweight.shape[0] * WORD_BITS != in_features * bits or qweight.shape[1] != out_features:
-        raise ValueError(f"{name}: qweight {tuple(qweight.shape)} is not a {bits}-bit packing of {tuple(shape)}")
-    codes = unpack_codes(qweight, bits, in_features)
-    zeros = unpack_codes(tensors[f"{name}.qzeros"].t(), bits, out_features).t()
-    zeros = (zeros + stored_zero_offset(config)) & ((1 << bits) - 1)
-    groups = group_index(tensors, name, config, in_features)
-    scales = tensors[f"{name}.scales"].float()
-    return ((codes - zeros[groups]).float() * scales[groups]).t()
-
-
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the safetensors files in ``folder``."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors.update(load_file(file))
-    return tensors
-
-
-def load_original(folder: Path) -> torch.nn.Module:
-    """The unquantized model in fp32."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def load_decoded(folder: Path, original: Path) -> torch.nn.Module:
-    """An fp32 copy of the original that holds the decoded weights saved in ``folder``."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if config is None:
-        return load_original(folder)
-    tensors = read_tensors(folder)
-    model = load_original(original)
-    state = model.state_dict()
-    packed = [key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")]
-    if not packed:
-        raise ValueError("no packed layer found")
-    missing = set(state)
-    for name in packed:
-        key = f"{name}.weight"
-        state[key].copy_(decode_layer(tensors, name, config, state[key].shape))
-        missing.discard(key)
-    for key, value in tensors.items():
-        if key in state:
-            state[key].copy_(value.float())
-            missing.discard(key)
-        elif key.rsplit(".", 1)[-1] not in PACKED_SUFFIXES:
-            raise ValueError(f"{key} has no place in the original model")
-    if model.config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
-    if missing:
-        raise ValueError(f"not saved: {sorted(missing)}")
-    return model
 
 
 def test_windows(model: Path, text: Path) -> torch.Tensor:
@@ -285,6 +150,8 @@ def evaluate_worker(job: Record) -> None:
     torch.set_num_threads(job["threads"])
     started = time.perf_counter()
     original, folder = Path(job["model"]), Path(job["output"])
+    from _checkpoints import load_decoded, load_original
+
     windows = test_windows(original, Path(job["test"]))
     report = compare(load_decoded(folder, original), load_original(original), windows)
     report["eval_s"] = time.perf_counter() - started
@@ -346,52 +213,51 @@ def run_worker(kind: str, python: str, job: Record, env: dict[str, str], work: P
     return found
 
 
+@dataclass(frozen=True)
+class Quantizer:
+    """An implementation: its interpreter, an import path of its own, the package, and what only it has to be told."""
+
+    python: str
+    path: str | None = None
+    package: str = "auto_round"
+    settings: Record = field(default_factory=dict)
+
+
 def saved_folder(output: Path) -> Path:
     """The folder at or below ``output`` that holds a model (the API may append a name of its own)."""
-    configs = sorted(output.rglob("config.json"), key=lambda path: len(path.parts))
-    if not configs:
+    found = [*output.rglob("*.gguf"), *output.rglob("config.json")]
+    if not found:
         raise FileNotFoundError(f"nothing saved below {output}")
-    return configs[0].parent
+    return min(found, key=lambda path: len(path.parts)).parent
 
 
-def call_arguments(row: str, recipe: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``AutoRound``, the same for every implementation."""
-    return {
-        **parse_row(row),
-        **RECIPES[recipe],
-        "dataset": str(Path(options.calib).resolve()),
-        "nsamples": options.nsamples,
-        "seqlen": options.seqlen,
-        "batch_size": BATCH_SIZE,
-        "seed": seed,
-        "device_map": "cpu",
-        "enable_torch_compile": False,
-    }
-
-
-def measure(case: Record, python: str, path: str | None, options: argparse.Namespace, work: Path) -> Record:
+def measure(case: Record, quantizer: Quantizer, options: argparse.Namespace, work: Path) -> Record:
     """Quantize and evaluate one case; its record for the results file."""
-    name = f"{case['tag']}_{case['row']}_{case['recipe']}_{case['seed']}"
+    name = "_".join(str(case[key]) for key in ("tag", "row", "recipe", "seed"))
     output = work / "out" / name
     shutil.rmtree(output, ignore_errors=True)
     job = {
+        **{key: case[key] for key in ("row", "recipe", "seed", "nsamples", "seqlen", "threads")},
+        "package": quantizer.package,
+        **quantizer.settings,
         "model": str(Path(options.model).resolve()),
+        "calib": str(Path(options.calib).resolve()),
         "output": str(output),
-        "threads": options.threads,
-        "arguments": call_arguments(case["row"], case["recipe"], case["seed"], options),
         "report": str(work / "report.json"),
         "log": str(work / "logs" / f"{name}.log"),
     }
     Path(job["log"]).unlink(missing_ok=True)
     record = {**case, "ok": False, "when": time.strftime("%Y-%m-%dT%H:%M:%S"), "load1": os.getloadavg()[0]}
-    record |= run_worker("quantize", python, job, child_environment(options.threads, path), work, options.timeout)
+    env = child_environment(options.threads, quantizer.path)
+    record |= run_worker("quantize", quantizer.python, job, env, work, options.timeout)
     if "error" in record:
         return record
     try:
         folder = saved_folder(output)
     except FileNotFoundError as error:
         return record | {"error": str(error)}
-    record["weight_bytes"] = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    weights = [file for pattern in ("*.safetensors", "*.gguf") for file in folder.glob(pattern)]
+    record["weight_bytes"] = sum(file.stat().st_size for file in weights)
     job |= {"output": str(folder), "test": str(Path(options.test).resolve())}
     env = child_environment(options.threads, None)
     record |= run_worker("evaluate", sys.executable, job, env, work, options.timeout)
@@ -401,14 +267,14 @@ def measure(case: Record, python: str, path: str | None, options: argparse.Names
     return record
 
 
-def read_results(file: Path) -> dict[tuple[Any, ...], Record]:
-    """The successful records of a results file, the last one of each case."""
+def read_results(file: Path, key: tuple[str, ...] = KEY) -> dict[tuple[Any, ...], Record]:
+    """The successful records of a results file by the fields of ``key``, the last one of each case."""
     found: dict[tuple[Any, ...], Record] = {}
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line) if line.strip() else {}
             if record.get("ok"):
-                found[tuple(record[key] for key in KEY)] = record
+                found[tuple(record[field] for field in key)] = record
     return found
 
 
@@ -440,26 +306,37 @@ def summary(record: Record) -> str:
     )
 
 
-def drive(options: argparse.Namespace) -> int:
-    """Run what is not in the results file yet; the number of failures."""
+def keep_result(results: Path, record: Record) -> None:
+    """Append a record to the results and say it on one line."""
+    with results.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+    print(summary(record), flush=True)
+
+
+def workplace(options: argparse.Namespace) -> tuple[Path, Path, str]:
+    """The results file, a folder to work in and the name of this run; a polite kill ends what runs."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    pythons = dict(item.split("=", 1) for item in options.python)
-    paths = dict(item.split("=", 1) for item in options.path)
     results = Path(options.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     work = Path(options.work or tempfile.mkdtemp(prefix="quality-")).resolve()
     (work / "logs").mkdir(parents=True, exist_ok=True)
+    return results, work, f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+
+
+def drive(options: argparse.Namespace) -> int:
+    """Run what is not in the results file yet; the number of failures."""
+    pythons = dict(item.split("=", 1) for item in options.python)
+    paths = dict(item.split("=", 1) for item in options.path)
+    results, work, run = workplace(options)
     done = {} if options.force else read_results(results)
-    run = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
     failures = 0
     for case in cases(options, list(pythons)):
         if tuple(case[key] for key in KEY) in done:
             continue
-        record = {"run": run} | measure(case, pythons[case["tag"]], paths.get(case["tag"]), options, work)
+        quantizer = Quantizer(pythons[case["tag"]], paths.get(case["tag"]))
+        record = {"run": run} | measure(case, quantizer, options, work)
         failures += not record["ok"]
-        with results.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
-        print(summary(record), flush=True)
+        keep_result(results, record)
     return failures
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import quality
+from _checkpoints import load_decoded, load_original
 
 if TYPE_CHECKING:
     import torch
@@ -50,16 +50,13 @@ def make_blocks(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def block_losses(folder: Path, original: Path, calib: Path, seqlen: int) -> list[float]:
-    """Mean squared error of each block's output, in float32."""
+def block_losses(folder: Path, original: Path, test: Path) -> list[float]:
+    """Mean squared error of each block's output, in float32, on text that neither quantizer has seen."""
     import torch
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(original)
-    texts = [json.loads(line)["text"] for line in calib.read_text(encoding="utf-8").splitlines()[:JUDGED]]
-    ids = torch.tensor([tokenizer(text)["input_ids"][:seqlen] for text in texts])
+    ids = quality.test_windows(original, test)[:JUDGED]
     states = []
-    for model in (quality.load_original(original), quality.load_decoded(folder, original)):
+    for model in (load_original(original), load_decoded(folder, original)):
         seen: list[torch.Tensor] = []
         for layer in model.model.layers:
             layer.register_forward_hook(
@@ -70,29 +67,19 @@ def block_losses(folder: Path, original: Path, calib: Path, seqlen: int) -> list
                 model(input_ids=row[None], use_cache=False)
         states.append(seen)
     errors = [(a - b).square().mean().item() for a, b in zip(*states, strict=True)]
-    return [sum(errors[block::BLOCKS]) / JUDGED for block in range(BLOCKS)]
-
-
-def arguments(case: str, ours: bool, options: argparse.Namespace) -> dict[str, Any]:
-    """What `AutoRound` is given. Ours tunes with Adam in fewer iterations."""
-    common = {
-        "scheme": "W4A16", "dataset": str(Path(options.calib).resolve()), "nsamples": options.nsamples,
-        "seqlen": options.seqlen, "batch_size": 8, "device_map": "cpu", "enable_torch_compile": False, "seed": 42,
-    }  # fmt: skip
-    if case == "rtn":
-        return {**common, "iters": 0, "disable_opt_rtn": True}
-    if case == "opt_rtn":
-        return {**common, "iters": 0}
-    return {**common, "iters": options.iters, "enable_adam": True} if ours else {**common, "iters": 200}
+    return [sum(errors[block::BLOCKS]) / len(ids) for block in range(BLOCKS)]
 
 
 def measure(case: str, tag: str, python: str, model: Path, options: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Cost and quality of one quantized folder."""
     output = work / f"{case}-{tag}"
     shutil.rmtree(output, ignore_errors=True)
+    recipe = case if case in ("rtn", "opt_rtn") else "default"
     job = {
-        "model": str(model), "output": str(output), "threads": options.threads,
-        "arguments": arguments(case, tag == "ours", options),
+        "package": "auto_round", "model": str(model), "output": str(output), "threads": options.threads,
+        "row": "W4g128", "recipe": recipe, "seed": 42, "calib": str(Path(options.calib).resolve()),
+        "nsamples": options.nsamples, "seqlen": options.seqlen,
+        "arguments": {"iters": options.iters} if tag == "ours" and recipe == "default" else {},
         "report": str(work / "report.json"), "log": str(work / f"{case}-{tag}.log"),
     }  # fmt: skip
     path = str(Path(__file__).resolve().parents[1]) if tag == "ours" else None
@@ -102,7 +89,7 @@ def measure(case: str, tag: str, python: str, model: Path, options: argparse.Nam
         raise SystemExit(f"{case} {tag}: {found['error']}\n{found['tail']}")
     folder = quality.saved_folder(output)
     if case == "blocks":
-        found["losses"] = block_losses(folder, model, Path(options.calib), options.seqlen)
+        found["losses"] = block_losses(folder, model, Path(options.test))
     else:
         job |= {"output": str(folder), "test": str(Path(options.test).resolve())}
         found |= quality.run_worker("evaluate", sys.executable, job, env, work, options.timeout)

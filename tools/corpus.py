@@ -16,7 +16,7 @@ import sys
 import tarfile
 import unicodedata
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -400,12 +400,12 @@ def is_readable(text: str, kind: str) -> bool:
     return letters >= (0.45 if kind == "code" else 0.55) * len(text)
 
 
-def documents(cache: Path, *, training_only: bool = False) -> list[Document]:
-    """Every cleaned, deduplicated document of the sources, in a fixed order."""
+def documents(cache: Path, *, training_only: bool = False, names: Collection[str] = ()) -> list[Document]:
+    """Every cleaned, deduplicated document of the sources, or of those in `names`, in a fixed order."""
     unique = Deduplicator()
     found = []
     for source in SOURCES:
-        if training_only and not source.train:
+        if (training_only and not source.train) or (names and source.name not in names):
             continue
         for kind, text in source.read(members_of(fetch(source, cache))):
             for piece in pieces(text, kind):
