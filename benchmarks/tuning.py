@@ -79,7 +79,7 @@ def measure(case: str, tag: str, python: str, model: Path, options: argparse.Nam
         "package": "auto_round", "model": str(model), "output": str(output), "threads": options.threads,
         "row": "W4g128", "recipe": recipe, "seed": 42, "calib": str(Path(options.calib).resolve()),
         "nsamples": options.nsamples, "seqlen": options.seqlen,
-        "arguments": {"iters": options.iters} if tag == "ours" and recipe == "default" else {},
+        "arguments": {"iters": options.iters, "lr": options.lr} if tag == "ours" and recipe == "default" else {},
         "report": str(work / "report.json"), "log": str(work / f"{case}-{tag}.log"),
     }  # fmt: skip
     path = str(Path(__file__).resolve().parents[1]) if tag == "ours" else None
@@ -115,6 +115,7 @@ def main() -> int:
     parser.add_argument("--peer", required=True, help="interpreter that has the other quantizer installed")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--iters", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=0.005)
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--threads", type=int, default=1)
