@@ -90,6 +90,7 @@ class Store:
         root = Path(root).absolute()  # the program may change its directory during the run
         self.folder = root / self.fingerprint
         self._lock: Lock | None = None
+        self._sound: int | None = None  # when the trained scales were written whose hash was found right
         if main:
             self._hold(root)
 
@@ -270,13 +271,27 @@ class Store:
         return self.folder / f"{name}.safetensors"
 
     def _learned(self, layers: Mapping[str, LayerPlan]) -> dict[str, torch.Tensor]:
-        """Scales that were trained after the last block."""
+        """Scales that were trained after the last block; the file's hash is compared when it is first read.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
         file = self._extra_path(LEARNED)
         if not file.exists():
             return {}
-        with safe_open(file, framework="pt") as handle:
-            known = set(handle.keys())
-            return {name: handle.get_tensor(name) for name in layers if name in known}
+        try:
+            with safe_open(file, framework="pt") as handle:
+                known, written = set(handle.keys()), file.stat().st_mtime_ns
+                if self._sound != written:
+                    problem = _problem(
+                        LEARNED, handle.metadata() or {}, {name: handle.get_tensor(name) for name in known}
+                    )
+                    if problem is not None:
+                        raise StoreError(f"{file} is damaged ({problem}): {_AGAIN}")
+                    self._sound = written
+                return {name: handle.get_tensor(name) for name in layers if name in known}
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"{file} is damaged ({error}): {_AGAIN}") from error
 
 
 def _problem(block: str, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> str | None:

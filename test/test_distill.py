@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, load_file
 from tiny import save_tiny, tiny, tiny_llama, token_ids
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from auto_round import AutoRound
 from auto_round.compressors.distill import Distillation
 from auto_round.settings import SettingsError
+from auto_round.store import Store, StoreError
 from auto_round.verify.values import file_hashes
 
 
@@ -124,6 +126,25 @@ def test_a_finished_training_is_not_repeated_unless_a_block_was(tmp_path, monkey
     assert not steps, "the block came out the same, so what was learned still holds"
     assert (third.store.folder / "scales.safetensors").read_bytes() == learned
     third.store.close()
+
+
+def test_damaged_scales_are_learned_again_and_never_read(tmp_path):
+    folder = save_tiny(tiny_llama(), tmp_path / "tiny")
+    run = make(folder, iters=0, scale_iters=2)
+    run.run(tmp_path / "work")
+    file, block = run.store.folder / "scales.safetensors", run.plan.block_names[0]
+    learned = file.read_bytes()
+    run.store.close()
+    file.write_bytes(learned[:-1] + bytes([learned[-1] ^ 1]))
+    again = make(folder, iters=0, scale_iters=2)
+    store = Store(tmp_path / "work", again.facts() | {"data": run.store.facts["data"]})
+    with pytest.raises(StoreError, match=r"scales.safetensors is damaged"):
+        store.load(block, run.plan.quantized(block))
+    store.close()
+    again.run(tmp_path / "work")
+    found = load_file(file)
+    assert all(torch.equal(found[name], scale) for name, scale in load(learned).items())
+    again.store.close()
 
 
 def test_what_cannot_be_trained_is_said(tmp_path):
