@@ -33,7 +33,7 @@ FORMAT_NOTES: dict[str, tuple[str, str]] = {
 }
 ALGORITHM_NOTES: dict[str, str] = {
     "signround": "tunes rounding and clipping by signed gradients (arXiv 2309.05516); for iters above 0",
-    "adamround": "tunes them with Adam: try it at 3 and 4 bits, with half the iterations; 2 bytes more a weight",
+    "adamround": "tunes them with Adam instead of signs; 2 bytes more a weight",
     "rtn": "rounds to nearest, with scales searched or (--disable_opt_rtn) taken from the range; for iters 0",
 }
 NOUNS = ("schemes", "formats", "recipes", "algorithms", "backends")

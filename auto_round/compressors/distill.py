@@ -178,10 +178,7 @@ class Distillation:
         parts = joined(samples, self._streamed.model)
         self._gradients = {name: torch.zeros_like(factor) for name, factor in learning.factors.items()}
         self._teachers = [PausedForward(self._streamed.model, self._placed(part), self._amp) for part in parts]
-        ahead, back = (
-            lambda block, module: self._ahead(block, module, learning),
-            lambda block, module: self._back(block, module, learning),
-        )
+        ahead, back = (functools.partial(watch, learning=learning) for watch in (self._ahead, self._back))
         try:
             total, tokens = self._passes.run(parts, ahead, back, self._divergence)
         finally:
